@@ -1,0 +1,76 @@
+# Words for people; `make help` lists them. The work is done by scripts/bootstrap.py, CMakePresets.json and pyproject.toml.
+
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+NATIVE_FILES = $(shell find csrc tests/core -name '*.h' -o -name '*.cpp')
+# ThreadSanitizer of GCC 12 cannot place its shadow where newer kernels randomise addresses widely.
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+# Plugins by name: those that happen to be installed beside the starting interpreter's torch stay out.
+PYTEST := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$(PY)" -m pytest -p pytest_timeout -p _hypothesis_pytestplugin
+
+export PATH := $(VENV)/bin:$(PATH)
+export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
+export UBSAN_OPTIONS ?= print_stacktrace=1
+export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
+
+.PHONY: help build test test-core test-python demo asan tsan lint format types docs clean
+.DEFAULT_GOAL := help
+
+help: ## list these words
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Each word first sets up what it needs, in .venv and build/ inside the checkout. $(PYTHON) is the starting"
+	@echo "point (make PYTHON=...): if it has torch >= 2.4, that torch is used, also that of an active virtual"
+	@echo "environment, which itself stays untouched; otherwise torch is installed into .venv."
+
+build: ## make .venv, build the extension, install the checkout in editable mode
+	@command -v "$(PYTHON)" >/dev/null || { echo "[setup] $(PYTHON) was not found: install Python 3.10 or newer, or name it, as in \`make PYTHON=python3.11 test\`." >&2; exit 1; }
+	@"$(PYTHON)" -B scripts/bootstrap.py
+
+test: test-core test-python ## all tests: C++ core, then Python
+
+test-core: build ## the tests of the C++ core
+	$(call core-tests,dev,core)
+
+test-python: build ## the tests of the Python package (ARGS="-k name" picks some)
+	@$(PYTEST) tests/python $(ARGS)
+
+demo: build ## train, record, export and read back a small classifier
+	@"$(PY)" examples/digits.py
+
+asan: build ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call core-tests,asan,asan)
+
+tsan: build ## the core's tests under ThreadSanitizer
+	$(call core-tests,tsan,tsan,$(FIXED_ADDRESSES))
+
+lint: build ## ruff and clang-format, changing nothing
+	@"$(PY)" -m ruff check .
+	@"$(PY)" -m ruff format --check .
+	@clang-format --dry-run -Werror $(NATIVE_FILES)
+
+format: build ## let ruff and clang-format rewrite the sources
+	@"$(PY)" -m ruff check --fix-only --quiet .
+	@"$(PY)" -m ruff format .
+	@clang-format -i $(NATIVE_FILES)
+
+types: build ## mypy --strict on the package, and the extension against its stub
+	@"$(PY)" -m mypy
+	@MYPYPATH=python "$(PY)" -m mypy.stubtest ml_debugger._core --mypy-config-file pyproject.toml
+
+docs: build ## the API reference as HTML, in build/docs
+	@"$(PY)" -m pdoc --docformat google --output-directory build/docs ml_debugger
+	@printf "%s\n" build/docs/index.html
+
+clean: ## remove build/ and caches (.venv stays: rm -rf .venv)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# $(1) preset, $(2) its folder in build/, $(3) prefix of the command. The closing line says how many passed.
+define core-tests
+	@cmake --preset $(1) -DPython_EXECUTABLE="$(PY)" >build/$(2).log 2>&1 || { cat build/$(2).log; exit 1; }
+	@cmake --build --preset $(1) >build/$(2).log 2>&1 || { cat build/$(2).log; exit 1; }
+	@echo "core tests ($(1)):"
+	@$(3) build/$(2)/tests/core/core_tests $(FILTER)
+endef

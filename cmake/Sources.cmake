@@ -1,0 +1,29 @@
+# Every source file of ours, by name. A new file is added here and nowhere else; headers are found by #include.
+
+set(MLD_CORE_SOURCES
+    csrc/process.cpp
+    csrc/ring/arena.cpp
+    csrc/store/crc32c.cpp
+    csrc/store/record_format.cpp
+    csrc/store/files.cpp
+    csrc/store/environment.cpp
+    csrc/store/segment.cpp
+    csrc/store/partition.cpp
+    csrc/store/store.cpp
+    csrc/store/segment_reader.cpp
+    csrc/capture/recorder.cpp
+    csrc/writer/writer.cpp
+    csrc/writer/runtime.cpp)
+
+set(MLD_BINDING_SOURCES
+    csrc/bindings/bind_errors.cpp
+    csrc/bindings/bind_recorder.cpp
+    csrc/bindings/bind_segment.cpp
+    csrc/bindings/bind_store.cpp
+    csrc/bindings/capture_hook.cpp
+    csrc/bindings/module.cpp
+    csrc/bindings/tensor_source.cpp)
+
+# Relative to tests/core.
+set(MLD_CORE_TESTS
+    check_test.cpp)

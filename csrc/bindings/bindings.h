@@ -1,0 +1,41 @@
+// What the binding files share. Python appears nowhere else in csrc/.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "capture/recorder.h"
+
+namespace mld {
+
+void bind_errors(pybind11::module_& module);
+void bind_store(pybind11::module_& module);
+void bind_recorder(pybind11::module_& module);
+void bind_segment(pybind11::module_& module);
+void bind_capture_hook(pybind11::module_& module);
+
+// Raises the exception of `ml_debugger.errors` for an Error; leaves the Python error set.
+void set_python_error(const Error& error);
+
+// Waits without the GIL; looks for signals between slices (only the main thread sees any).
+class GilWaitHooks final : public WaitHooks {
+ public:
+  void before_slice() override { state_ = PyEval_SaveThread(); }
+  void after_slice() override {
+    PyEval_RestoreThread(state_);
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+  }
+
+ private:
+  PyThreadState* state_ = nullptr;
+};
+
+// REQUIRES: the GIL. Copies one exact tensor into the call.
+void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column, pybind11::handle tensor);
+
+// The C++ object behind a `_core.Recorder`; throws TypeError for anything else.
+std::shared_ptr<Recorder> recorder_of(pybind11::handle object);
+
+// Seconds as Python gives them; infinity and huge values become ten years.
+std::chrono::nanoseconds to_duration(double seconds);
+
+}  // namespace mld

@@ -1,0 +1,44 @@
+// From a torch tensor to bytes: which objects are taken, how they are made plain and dense, and how their memory is
+// borrowed. By DLPack's C exchange API where torch has it (2.10+), else by data_ptr(), which knows every dtype of every
+// torch, where __dlpack__ refuses the float8 types before 2.9.
+//
+// All with the GIL held.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "capture/recorder.h"
+#include "capture/tensor_view.h"
+
+namespace mld {
+
+// Whether `object` is exactly a torch.Tensor or torch.nn.Parameter: a subclass may mean its bytes differently.
+[[nodiscard]] bool is_exact_tensor(PyObject* object) noexcept;
+
+// First dimension of an exact tensor that can be borrowed as it stands; -1 if there is none.
+class TensorSource final : public ByteSource {
+ public:
+  // Takes what it can of `tensor` as it stands, and a dense CPU copy of what it cannot. Throws Error(kInvalidType) for
+  // what has no dense bytes.
+  explicit TensorSource(pybind11::handle tensor);
+
+  [[nodiscard]] const TensorView& view() const noexcept { return view_; }
+  [[nodiscard]] const std::byte* borrow() override;
+
+ private:
+  [[nodiscard]] bool try_borrow();
+  void make_plain();
+  void view_by_pointer();
+
+  pybind11::object tensor_;  // the user's, or our dense copy
+  TensorView view_;
+  std::vector<std::int64_t> dims_;  // only without the exchange API
+};
+
+// Size of the first dimension; -1 for a scalar or for what cannot be borrowed.
+[[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
+
+// Tests only: behave as with a torch that lacks the exchange API.
+void use_exchange_api(bool use) noexcept;
+
+}  // namespace mld

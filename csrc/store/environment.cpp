@@ -1,0 +1,137 @@
+#include "store/environment.h"
+
+#include <cerrno>
+#include <chrono>
+#include <thread>
+
+#include "errors.h"
+#include "store/files.h"
+#include "store/record_format.h"
+
+namespace mld {
+namespace {
+
+constexpr std::size_t kSmallestMapBytes = std::size_t{64} << 20;
+
+bool is_writable(Access access) { return access == Access::kCreate || access == Access::kWrite; }
+
+unsigned flags_of(Access access, Sync sync) {
+  unsigned flags = MDB_NOTLS;
+  if (!is_writable(access)) flags |= MDB_RDONLY;
+  if (access == Access::kReadSealed) flags |= MDB_NOLOCK;
+  if (sync == Sync::kOnRequest) flags |= MDB_NOSYNC;
+  return flags;
+}
+
+// Closes the handle unless it is released.
+class HandleGuard {
+ public:
+  explicit HandleGuard(MDB_env* handle) : handle_(handle) {}
+  ~HandleGuard() {
+    if (handle_ != nullptr) mdb_env_close(handle_);
+  }
+  HandleGuard(const HandleGuard&) = delete;
+  HandleGuard& operator=(const HandleGuard&) = delete;
+  MDB_env* release() noexcept { return std::exchange(handle_, nullptr); }
+
+ private:
+  MDB_env* handle_;
+};
+
+int open_with_map(MDB_env** out, const std::string& directory, unsigned flags, std::size_t map_bytes) {
+  MDB_env* handle = nullptr;
+  if (const int code = mdb_env_create(&handle); code != MDB_SUCCESS) return code;
+  HandleGuard guard(handle);
+  mdb_env_set_maxdbs(handle, 2);
+  mdb_env_set_maxreaders(handle, 510);
+  if (map_bytes != 0) mdb_env_set_mapsize(handle, map_bytes);
+  const int code = mdb_env_open(handle, directory.c_str(), flags, 0600);
+  if (code == MDB_SUCCESS) *out = guard.release();
+  return code;
+}
+
+}  // namespace
+
+void check_lmdb(int code, const char* what) {
+  if (code == MDB_SUCCESS) return;
+  throw StoreError(code, std::string("LMDB: ") + what + ": " + mdb_strerror(code));
+}
+
+std::shared_ptr<Environment> Environment::open(const std::string& directory, Access access, Sync sync,
+                                               std::size_t map_bytes) {
+  const std::string data_path = directory + "/" + kDataFile;
+  Process& registry = process();
+  for (;;) {
+    std::unique_lock<std::mutex> lock(registry.environments_mutex);
+    if (access != Access::kCreate) {
+      const auto found = registry.environments.find(file_id(data_path));
+      if (found != registry.environments.end()) {
+        if (auto shared = found->second.lock()) return shared;
+        // Its last owner is on the way to the destructor, which needs the mutex.
+        lock.unlock();
+        std::this_thread::yield();
+        continue;
+      }
+    }
+    std::shared_ptr<Environment> environment(new Environment);
+    // Unregistered until it is whole: its destructor takes the mutex that we hold, so a failure must not reach it.
+    try {
+      environment->open_handle(directory, access, sync, map_bytes);
+      environment->id_ = file_id(data_path);
+    } catch (...) {
+      lock.unlock();
+      throw;
+    }
+    registry.environments[environment->id_] = environment;
+    return environment;
+  }
+}
+
+void Environment::open_handle(const std::string& directory, Access access, Sync sync, std::size_t map_bytes) {
+  const unsigned flags = flags_of(access, sync);
+  // A writer's map is wide, since set_mapsize must not be called later; under a limit on address space take what there is.
+  std::size_t wish = is_writable(access) ? map_bytes : 0;
+  int code = open_with_map(&handle_, directory, flags, wish);
+  while (code == ENOMEM && wish / 2 >= kSmallestMapBytes) {
+    wish /= 2;
+    code = open_with_map(&handle_, directory, flags, wish);
+  }
+  if (code != MDB_SUCCESS) throw_store_error(code, "cannot open the LMDB environment", directory);
+  MDB_envinfo info{};
+  mdb_env_info(handle_, &info);
+  map_bytes_ = info.me_mapsize;
+  open_databases(directory, access == Access::kCreate);
+}
+
+void Environment::open_databases(const std::string& directory, bool create) {
+  MDB_txn* transaction = nullptr;
+  int code = mdb_txn_begin(handle_, nullptr, create ? 0 : MDB_RDONLY, &transaction);
+  if (code != MDB_SUCCESS) throw_store_error(code, "cannot read the LMDB environment", directory);
+  const unsigned flags = create ? MDB_CREATE : 0;
+  code = mdb_dbi_open(transaction, nullptr, 0, &main_);
+  if (code == MDB_SUCCESS) code = mdb_dbi_open(transaction, kChunksDatabase, flags, &chunks_);
+  if (code == MDB_SUCCESS) code = mdb_dbi_open(transaction, kHeadersDatabase, flags, &headers_);
+  if (code != MDB_SUCCESS) {
+    mdb_txn_abort(transaction);
+    throw_store_error(code, "not a segment of a trace:", directory);
+  }
+  code = mdb_txn_commit(transaction);  // a read-only commit is what keeps the database handles
+  if (code != MDB_SUCCESS) throw_store_error(code, "cannot write", directory);
+}
+
+Environment::~Environment() {
+  if (handle_ == nullptr || generation_ != process_generation()) return;  // never opened, or inherited: inert
+  Process& registry = process();
+  const std::lock_guard<std::mutex> lock(registry.environments_mutex);
+  mdb_env_close(handle_);
+  const auto found = registry.environments.find(id_);
+  if (found != registry.environments.end() && found->second.expired()) registry.environments.erase(found);
+}
+
+Transaction::Transaction(const Environment& environment, bool read_only) {
+  check_lmdb(mdb_txn_begin(environment.get(), nullptr, read_only ? MDB_RDONLY : 0, &handle_), "cannot begin a transaction");
+}
+
+void Transaction::commit() { check_lmdb(mdb_txn_commit(std::exchange(handle_, nullptr)), "cannot commit"); }
+
+}  // namespace mld

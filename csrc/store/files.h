@@ -1,0 +1,34 @@
+// Filesystem steps that are safe against a power cut, and what is peculiar about a filesystem. Every failure is a StoreError.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "process.h"
+
+namespace mld {
+
+// Makes a directory (0700) and its missing parents; an existing one is fine.
+void make_directories(const std::string& path);
+// Forces a directory's entries to disk.
+void sync_directory(const std::string& path);
+void sync_file(const std::string& path);
+// Writes `content` to a file (0600) whole or not at all: temp file beside it, fsync, rename; `durable` adds the fsyncs.
+void replace_file(const std::string& path, std::string_view content, bool durable);
+void rename_path(const std::string& from, const std::string& to);
+// Deletes a directory and all in it; what is gone already is fine.
+void remove_tree(const std::string& path);
+// Names in a directory, sorted, without `.` and `..`; empty if there is no such directory.
+std::vector<std::string> list_directory(const std::string& path);
+bool path_exists(const std::string& path);
+FileId file_id(const std::string& path);
+std::uint64_t disk_bytes_of(const std::string& path);  // of one file; 0 if it is gone
+std::uint64_t free_bytes_at(const std::string& path);  // of its filesystem, for ordinary users; UINT64_MAX if unknown
+// The name of a network filesystem that LMDB must not write to, or empty.
+std::string network_filesystem_at(const std::string& path);
+
+[[noreturn]] void throw_store_error(int code, const std::string& what, const std::string& path);
+
+}  // namespace mld

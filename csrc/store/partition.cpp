@@ -1,0 +1,307 @@
+#include "store/partition.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "store/crc32c.h"
+#include "store/files.h"
+
+namespace mld {
+namespace {
+
+// A value up to this size rides in its call's header when both come in one batch: as a chunk of its own it would take
+// a page for itself, which at small batches doubles the store.
+constexpr std::uint64_t kInlineBytes = 4096;
+constexpr int kMaxFailuresInARow = 3;
+constexpr auto kRetryPause = std::chrono::milliseconds(100);
+// Less free than this and a failed write is taken for a full disk: LMDB reports one as EIO.
+constexpr std::uint64_t kFullDiskSlackBytes = std::uint64_t{1} << 20;
+constexpr std::uint64_t kPageBytes = 4096;
+
+bool is_permanent(int code) { return code == EROFS || code == EFBIG || code == EACCES || code == EPERM; }
+
+}  // namespace
+
+void Partition::add_gap(const Gap& gap) {
+  // Losses come in runs: a run is one gap, so an overrun of hours is one record.
+  if (!gaps_.empty() && gaps_.back().cause == gap.cause && gaps_.back().last_call + 1 == gap.first_call) {
+    gaps_.back().last_call = gap.last_call;
+    gaps_.back().rows += gap.rows;
+    gaps_.back().bytes += gap.bytes;
+    return;
+  }
+  gaps_.push_back(gap);
+}
+
+std::optional<std::uint64_t> Partition::oldest_position() const noexcept {
+  if (pending_.empty()) return std::nullopt;
+  return pending_.front().position;
+}
+
+CommitResult Partition::commit(Clock::time_point now) {
+  for (;;) {
+    try {
+      CommitResult result = write_batch();
+      failures_ = 0;
+      waiting_since_.reset();
+      return result;
+    } catch (const StoreError& error) {
+      const bool segment_was_full = error.code() == MDB_MAP_FULL && segment_ != nullptr && segment_->totals().calls != 0;
+      if (segment_was_full) {
+        retire_segment();
+        continue;
+      }
+      CommitResult result = handle_failure(error, now);
+      if (result.outcome != CommitOutcome::kCommitted) return result;
+    }
+  }
+}
+
+// kCommitted here means: write again, into a successor.
+CommitResult Partition::handle_failure(const StoreError& error, Clock::time_point now) {
+  CommitResult result;
+  if (is_temporary(error)) {
+    if (!waiting_since_) waiting_since_ = now;
+    retry_at_ = now + kRetryPause;
+    result.outcome = CommitOutcome::kRetryLater;
+    if (now - *waiting_since_ < options_.give_up_after) return result;
+  } else if (!is_permanent(error.code()) && ++failures_ < kMaxFailuresInARow) {
+    retire_segment();
+    return result;
+  }
+  failure_ = error;
+  result.outcome = CommitOutcome::kFailed;
+  return result;
+}
+
+bool Partition::is_temporary(const StoreError& error) const {
+  switch (error.code()) {
+    case ENOSPC:
+    case EDQUOT:
+    case EMFILE:
+    case ENFILE:
+    case ENOMEM:
+      return true;
+    case EIO:
+      return free_bytes_at(options_.directory) < pending_page_bytes() + kFullDiskSlackBytes;
+    default:
+      return false;
+  }
+}
+
+std::uint64_t Partition::pending_page_bytes() const noexcept {
+  std::uint64_t pages = 16 + gaps_.size();  // the trees' own
+  for (const PendingRecord& record : pending_) pages += (record.header->payload_bytes + 16) / kPageBytes + 2;
+  return pages * kPageBytes;
+}
+
+void Partition::begin_segment() {
+  const SegmentIdentity identity{options_.rank, options_.attempt, next_sequence_, options_.epoch};
+  const std::string directory = options_.directory + "/" + segment_name(options_.attempt, next_sequence_);
+  try {
+    segment_ = std::make_unique<Segment>(directory, identity, options_.sync, options_.map_bytes);
+  } catch (...) {
+    // Half a segment must not stay: the next try would find the name taken.
+    try {
+      remove_tree(directory);
+    } catch (const StoreError&) {
+      ++next_sequence_;
+    }
+    throw;
+  }
+  ++next_sequence_;
+  segment_disk_bytes_ = 0;
+}
+
+void Partition::retire_segment() noexcept {
+  if (segment_ == nullptr) return;
+  try {
+    segment_->seal();
+  } catch (const Error&) {
+    // It stays unsealed, which is true: readers take its lock file then.
+    segment_->close();
+  }
+  retired_.push_back(std::move(segment_));
+}
+
+CommitResult Partition::write_batch() {
+  if (segment_ != nullptr && !segment_->has_room_for(pending_page_bytes())) retire_segment();
+  if (segment_ == nullptr) begin_segment();
+  Staging staging;
+  Segment::Batch batch(*segment_);
+  for (const PendingRecord& record : pending_) {
+    if (record.header->kind == RecordKind::kChunk) {
+      stage_chunk(record, batch, staging);
+    } else {
+      write_call(*record.header, batch, staging);
+    }
+  }
+  write_leftovers(batch, staging);
+  for (const Gap& gap : gaps_) {
+    encode_gap(gap, &header_scratch_);
+    batch.put_header(gap.first_call, header_scratch_);
+    batch.totals().discarded_rows += gap.rows;
+  }
+  batch.commit();
+  const std::uint64_t disk_bytes = segment_->disk_bytes();
+  staging.result.grown_bytes = disk_bytes - std::min(disk_bytes, segment_disk_bytes_);
+  segment_disk_bytes_ = disk_bytes;
+  merge(staging);
+  pending_.clear();
+  gaps_.clear();
+  is_dirty_ = options_.sync == Sync::kOnRequest;
+  return staging.result;
+}
+
+void Partition::stage_chunk(const PendingRecord& record, Segment::Batch& batch, Staging& staging) {
+  const RecordHeader& header = *record.header;
+  if (doomed_calls_.count(header.call) != 0) return;
+  const std::string_view payload = header.payload();
+  const bool may_inline = payload.size() <= kInlineBytes;
+  if (!may_inline) batch.append_chunk(record.position, payload);
+  const ChunkRef ref{header.capture, static_cast<std::int32_t>(segment_->sequence()), record.position, payload.size(),
+                     crc32c(payload.data(), payload.size())};
+  staging.calls[header.call].push_back({ref, may_inline ? &record : nullptr});
+  staging.result.written_bytes += payload.size();
+}
+
+void Partition::write_call(const RecordHeader& record, Segment::Batch& batch, Staging& staging) {
+  const Tally tally{record.rows, record.call_bytes};
+  staging.finished_calls.push_back(record.call);
+  if (doomed_calls_.count(record.call) != 0) {
+    staging.result.dropped.rows += tally.rows;
+    staging.result.dropped.bytes += tally.bytes;
+    return;
+  }
+  std::vector<ChunkRef> chunks;
+  if (const auto open = open_calls_.find(record.call); open != open_calls_.end()) chunks = open->second;
+  inline_scratch_.clear();
+  for (StagedChunk& staged : staging.calls[record.call]) {
+    if (staged.inlined != nullptr) {
+      staged.ref.segment = ChunkRef::kInline;
+      staged.ref.key = inline_scratch_.size();
+      inline_scratch_.append(staged.inlined->header->payload());
+    }
+    chunks.push_back(staged.ref);
+  }
+  staging.calls.erase(record.call);
+  const CallIdentity identity{options_.rank, options_.attempt,         record.call,     record.epoch,
+                              record.rows,   record.ground_truth_rows, record.first_row};
+  encode_call(identity, chunks, record.payload(), inline_scratch_, &header_scratch_);
+  batch.put_header(record.call, header_scratch_);
+  SegmentTotals& totals = batch.totals();
+  totals.rows += record.rows;
+  totals.ground_truth_rows += record.ground_truth_rows;
+  totals.calls += 1;
+  totals.payload_bytes += record.call_bytes;
+  staging.result.committed.rows += tally.rows;
+  staging.result.committed.bytes += tally.bytes;
+}
+
+// Small chunks whose call goes on: they become ordinary chunks, so that their ring slots can be released.
+void Partition::write_leftovers(Segment::Batch& batch, Staging& staging) {
+  for (auto& [call, chunks] : staging.calls) {
+    for (StagedChunk& staged : chunks) {
+      if (staged.inlined == nullptr) continue;
+      batch.insert_chunk(staged.ref.key, staged.inlined->header->payload());
+      staged.inlined = nullptr;
+    }
+  }
+}
+
+void Partition::merge(const Staging& staging) {
+  for (const std::uint64_t call : staging.finished_calls) forget_call(call);
+  for (const auto& [call, chunks] : staging.calls) {
+    auto& open = open_calls_[call];
+    for (const StagedChunk& staged : chunks) open.push_back(staged.ref);
+  }
+}
+
+Tally Partition::discard_pending() {
+  Tally tally;
+  for (const PendingRecord& record : pending_) {
+    if (record.header->kind != RecordKind::kCall) continue;
+    tally.rows += record.header->rows;
+    tally.bytes += record.header->call_bytes;
+  }
+  pending_.clear();
+  gaps_.clear();
+  return tally;
+}
+
+Tally Partition::drop() {
+  for (const auto& [call, chunks] : open_calls_) doomed_calls_.insert(call);
+  for (const PendingRecord& record : pending_) {
+    if (record.header->kind == RecordKind::kChunk) doomed_calls_.insert(record.header->call);
+  }
+  for (const PendingRecord& record : pending_) {
+    if (record.header->kind == RecordKind::kCall) doomed_calls_.erase(record.header->call);
+  }
+  open_calls_.clear();
+  segment_.reset();
+  retired_.clear();
+  is_dirty_ = false;
+  return discard_pending();
+}
+
+void Partition::sync() noexcept {
+  if (!is_dirty_ || segment_ == nullptr) return;
+  is_dirty_ = false;
+  try {
+    segment_->sync();
+  } catch (const Error&) {
+    segment_->close();
+    retired_.push_back(std::move(segment_));
+  }
+}
+
+void Partition::seal() {
+  if (segment_ == nullptr) return;
+  segment_->seal();
+  retired_.push_back(std::move(segment_));
+  is_dirty_ = false;
+}
+
+void Partition::close_environment() noexcept {
+  if (segment_ != nullptr) segment_->close();
+  for (const auto& segment : retired_) segment->close();
+}
+
+Segment* Partition::find_segment(std::int32_t sequence) noexcept {
+  const auto matches = [sequence](const std::unique_ptr<Segment>& segment) {
+    return segment != nullptr && static_cast<std::int32_t>(segment->sequence()) == sequence;
+  };
+  if (matches(segment_)) return segment_.get();
+  const auto found = std::find_if(retired_.begin(), retired_.end(), matches);
+  return found == retired_.end() ? nullptr : found->get();
+}
+
+bool Partition::read_piece(std::uint64_t call, std::uint32_t capture, std::size_t piece, void* out, std::size_t bytes) {
+  std::string stored;
+  std::string_view inline_bytes;
+  std::vector<ChunkRef> chunks;
+  if (const auto open = open_calls_.find(call); open != open_calls_.end()) {
+    chunks = open->second;
+  } else {
+    if (segment_ != nullptr) stored = segment_->read_header(call);
+    for (auto it = retired_.rbegin(); stored.empty() && it != retired_.rend(); ++it) stored = (*it)->read_header(call);
+    if (!header_is_sound(stored)) return false;
+    DecodedHeader header = decode_header(stored);
+    inline_bytes = header.inline_bytes;
+    chunks = std::move(header.chunks);
+  }
+  for (const ChunkRef& chunk : chunks) {
+    if (chunk.capture != capture || piece-- != 0) continue;
+    if (chunk.bytes != bytes) return false;
+    if (chunk.segment != ChunkRef::kInline) {
+      Segment* segment = find_segment(chunk.segment);
+      return segment != nullptr && segment->read_chunk(chunk.key, out, bytes);
+    }
+    std::memcpy(out, inline_bytes.data() + chunk.key, bytes);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace mld

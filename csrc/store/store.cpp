@@ -1,0 +1,255 @@
+#include "store/store.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <thread>
+#include <vector>
+
+#include "errors.h"
+#include "store/files.h"
+#include "store/record_format.h"
+#include "store/segment.h"
+
+namespace mld {
+namespace {
+
+constexpr const char* kTrashPrefix = "trash-";
+constexpr const char* kPartitionPrefix = "epoch-";
+// A reader of this process holds an environment for one batch; after this long it is left to close it by itself.
+constexpr auto kReaderPatience = std::chrono::seconds(2);
+
+bool starts_with(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
+
+std::string read_text(const std::string& path) {
+  std::ifstream file(path);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+// Whether LMDB may open the segment: not after a power cut went over commits that were never synced.
+bool is_usable(const std::string& segment) {
+  if (path_exists(segment + "/" + kSealedFile)) return true;
+  const std::string identity = read_text(segment + "/" + kSegmentFile);
+  if (identity.empty()) return false;  // died while it was made: holds no row
+  const bool synced = identity.find("\"durability\": \"power\"") != std::string::npos;
+  return synced || identity.find("\"boot_id\": \"" + boot_id() + "\"") != std::string::npos;
+}
+
+// Feature and ground-truth rows of a segment; each call counts once, however many segments hold it.
+void count_rows(const std::string& segment, std::set<std::pair<std::uint32_t, std::uint64_t>>* seen, DroppedRows* rows) {
+  if (!is_usable(segment)) return;
+  const auto environment = Environment::open(segment, Access::kReadSealed, Sync::kEveryCommit, 0);
+  const Transaction transaction(*environment, true);
+  MDB_cursor* cursor = nullptr;
+  check_lmdb(mdb_cursor_open(transaction.get(), environment->headers(), &cursor), "cannot read headers");
+  const std::unique_ptr<MDB_cursor, decltype(&mdb_cursor_close)> guard(cursor, &mdb_cursor_close);
+  MDB_val key{}, value{};
+  while (mdb_cursor_get(cursor, &key, &value, MDB_NEXT) == MDB_SUCCESS) {
+    const DecodedHeader header = decode_header({static_cast<const char*>(value.mv_data), value.mv_size});
+    if (header.kind != HeaderKind::kCall) continue;
+    if (!seen->emplace(header.identity.attempt, header.identity.call).second) continue;
+    rows->rows += header.identity.rows;
+    rows->ground_truth_rows += header.identity.ground_truth_rows;
+  }
+}
+
+// Waits until no reader of this process has the environment open, so that unlinking gives the space back.
+void wait_for_readers(const std::string& segment) {
+  const std::string data = segment + "/" + kDataFile;
+  if (!path_exists(data)) return;
+  const FileId id = file_id(data);
+  const auto deadline = std::chrono::steady_clock::now() + kReaderPatience;
+  Process& registry = process();
+  while (std::chrono::steady_clock::now() < deadline) {
+    {
+      const std::lock_guard<std::mutex> lock(registry.environments_mutex);
+      if (registry.environments.count(id) == 0) return;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+}  // namespace
+
+LockFile::LockFile(const std::string& path) : descriptor_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)) {
+  if (descriptor_ < 0) throw_store_error(errno, "cannot open", path);
+  // Somebody who only asks (is_held) has it for an instant; a writer has it for long.
+  for (int tries = 0; flock(descriptor_, LOCK_EX | LOCK_NB) != 0; ++tries) {
+    const int code = errno;
+    if (code == EINTR) continue;
+    if (code == EWOULDBLOCK && tries < 5) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      continue;
+    }
+    close(descriptor_);
+    if (code != EWOULDBLOCK) throw_store_error(code, "cannot lock", path);
+    throw Error(ErrorKind::kTraceInUse, "another process is recording this trace: it holds " + path,
+                "end that process, or record under another version_name");
+  }
+  guard_lock_descriptor(descriptor_);
+}
+
+LockFile::~LockFile() {
+  if (generation_ != process_generation()) return;  // the fork handler has closed it
+  unguard_lock_descriptor(descriptor_);
+  close(descriptor_);
+}
+
+bool LockFile::is_held(const std::string& path) {
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) return false;
+  const bool held = flock(descriptor, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+  close(descriptor);
+  return held;
+}
+
+StoreUse::StoreUse(const std::string& directory, const StoreOptions& options) {
+  make_directories(directory);
+  if (const std::string network = network_filesystem_at(directory); !network.empty()) {
+    throw Error(ErrorKind::kStorage,
+                directory + " lies on a network filesystem (" + network + "), where LMDB cannot be written to",
+                "choose a local TracerConfig.data_dir");
+  }
+  Process& registry = process();
+  const std::lock_guard<std::mutex> lock(registry.stores_mutex);
+  std::weak_ptr<StoreState>& entry = registry.stores[file_id(directory)];
+  auto state = entry.lock();
+  if (state == nullptr || state->users_ == 0) {
+    state.reset(new StoreState(directory, options));
+    entry = state;
+  } else if (state->options_.sync != options.sync || state->options_.max_bytes != options.max_bytes) {
+    throw Error(ErrorKind::kInvalidInput,
+                "another tracer of this process records this trace with another durability or max_bytes",
+                "give both tracers the same TracerConfig.durability and max_bytes");
+  }
+  ++state->users_;
+  state_ = std::move(state);
+}
+
+StoreUse::StoreUse(const StoreUse& other) : state_(other.state_) {
+  if (state_ == nullptr) return;
+  const std::lock_guard<std::mutex> lock(process().stores_mutex);
+  ++state_->users_;
+}
+
+StoreUse& StoreUse::operator=(StoreUse&& other) noexcept {
+  release();
+  state_ = std::move(other.state_);
+  return *this;
+}
+
+void StoreUse::release() noexcept {
+  if (state_ == nullptr) return;
+  {
+    const std::lock_guard<std::mutex> lock(process().stores_mutex);
+    if (--state_->users_ == 0) state_->lock_.reset();
+  }
+  state_.reset();
+}
+
+bool StoreState::owns(const std::string& segment_directory) {
+  const std::string partition = segment_directory.substr(0, segment_directory.rfind('/'));
+  const std::string rank = partition.substr(0, partition.rfind('/'));
+  if (!path_exists(rank)) return false;
+  Process& registry = process();
+  const std::lock_guard<std::mutex> lock(registry.stores_mutex);
+  const auto found = registry.stores.find(file_id(rank));
+  if (found == registry.stores.end()) return false;
+  const auto state = found->second.lock();
+  return state != nullptr && state->users_ != 0;
+}
+
+StoreState::StoreState(std::string directory, const StoreOptions& options)
+    : directory_(std::move(directory)), options_(options), lock_(std::make_unique<LockFile>(directory_ + "/" + kLockFile)) {
+  adopt_earlier_segments();
+}
+
+std::string StoreState::partition_directory(std::int64_t epoch) const { return directory_ + "/" + partition_name(epoch); }
+
+// The last owner is dead or gone: finish its drops, seal what it left.
+void StoreState::adopt_earlier_segments() {
+  for (const std::string& name : list_directory(directory_)) {
+    if (starts_with(name, kTrashPrefix)) remove_tree(directory_ + "/" + name);
+    if (!starts_with(name, kPartitionPrefix)) continue;
+    const std::string partition = directory_ + "/" + name;
+    for (const std::string& segment_name : list_directory(partition)) {
+      const std::string segment = partition + "/" + segment_name;
+      add_disk_bytes(disk_bytes_of(segment + "/" + kDataFile));
+      if (path_exists(segment + "/" + kSealedFile)) continue;
+      if (!path_exists(segment + "/" + kSegmentFile)) {
+        remove_tree(segment);  // died before its first row
+      } else if (is_usable(segment)) {
+        sync_file(segment + "/" + kDataFile);
+        replace_file(segment + "/" + kSealedFile, "{\"format_version\": " + std::to_string(kFormatVersion) + "}\n", true);
+      }
+    }
+  }
+}
+
+void StoreState::subtract_disk_bytes(std::uint64_t bytes) noexcept {
+  disk_bytes_.store(disk_bytes() - std::min(bytes, disk_bytes()), std::memory_order_relaxed);
+}
+
+std::string StoreState::next_trash_name() {
+  return directory_ + "/" + kTrashPrefix + std::to_string(getpid()) + "-" + std::to_string(trash_counter_++);
+}
+
+DroppedRows StoreState::drop_epoch(std::int64_t epoch, std::optional<std::uint32_t> attempt) {
+  const std::string partition = partition_directory(epoch);
+  const std::vector<std::string> segments = list_directory(partition);
+  std::vector<std::string> doomed;
+  for (const std::string& name : segments) {
+    if (attempt && !starts_with(name, segment_name(*attempt, 0).substr(0, 7).c_str())) continue;
+    doomed.push_back(partition + "/" + name);
+  }
+  if (doomed.empty()) return {};
+  if (doomed.size() == segments.size()) doomed = {partition};
+  return delete_directories(doomed, true);
+}
+
+void StoreState::drop_all() {
+  std::vector<std::string> doomed;
+  for (const std::string& name : list_directory(directory_)) {
+    if (starts_with(name, kPartitionPrefix)) doomed.push_back(directory_ + "/" + name);
+  }
+  delete_directories(doomed, false);
+}
+
+// Renaming is what makes the rows invisible, at once and whatever their size; the rest may take its time.
+DroppedRows StoreState::delete_directories(const std::vector<std::string>& directories, bool count) {
+  if (directories.empty()) return {};
+  std::vector<std::string> trash;
+  for (const std::string& directory : directories) {
+    trash.push_back(next_trash_name());
+    rename_path(directory, trash.back());
+  }
+  if (options_.sync == Sync::kEveryCommit) sync_directory(directory_);
+  DroppedRows rows;
+  std::set<std::pair<std::uint32_t, std::uint64_t>> seen;
+  for (const std::string& directory : trash) {
+    std::vector<std::string> segments{directory};
+    if (!path_exists(directory + "/" + kDataFile)) {
+      segments.clear();
+      for (const std::string& name : list_directory(directory)) segments.push_back(directory + "/" + name);
+    }
+    for (const std::string& segment : segments) {
+      const std::uint64_t bytes = disk_bytes_of(segment + "/" + kDataFile);
+      if (count) count_rows(segment, &seen, &rows);
+      wait_for_readers(segment);
+      subtract_disk_bytes(bytes);
+    }
+    remove_tree(directory);
+  }
+  return rows;
+}
+
+}  // namespace mld

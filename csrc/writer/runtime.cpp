@@ -1,0 +1,219 @@
+#include "writer/runtime.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <time.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "errors.h"
+#include "process.h"
+
+namespace mld {
+namespace {
+
+constexpr std::size_t kSmallestRingBytes = std::size_t{64} << 10;
+constexpr std::uint64_t kLargestPieceBytes = std::uint64_t{1} << 20;
+constexpr std::uint64_t kPageBytes = 4096;
+constexpr std::uint64_t kLmdbPageHeaderBytes = 16;
+constexpr auto kWaitSlice = std::chrono::milliseconds(50);
+constexpr auto kStatusInterval = std::chrono::milliseconds(200);
+
+// A call of several columns should be able to fill the ring while earlier pieces are written: 1/8 of it a piece.
+std::uint64_t piece_bytes_for(std::uint64_t ring_bytes) {
+  const std::uint64_t pages = std::max<std::uint64_t>(std::min(kLargestPieceBytes, ring_bytes / 8) / kPageBytes, 1);
+  return pages * kPageBytes - kLmdbPageHeaderBytes;
+}
+
+std::size_t usable_ring_bytes(std::size_t ring_bytes) {
+  if (ring_bytes < kSmallestRingBytes) {
+    throw Error(ErrorKind::kInvalidInput,
+                "ring_bytes=" + std::to_string(ring_bytes) + " is below " + std::to_string(kSmallestRingBytes),
+                "raise TracerConfig.ring_bytes");
+  }
+  return ring_bytes / Writer::Ring::kGranuleBytes * Writer::Ring::kGranuleBytes;
+}
+
+// With OMP_PROC_BIND the main thread is bound to one core, and a thread that inherits its mask competes with it.
+void use_every_cpu() {
+  cpu_set_t cpus;
+  std::memset(&cpus, 0xFF, sizeof cpus);
+  sched_setaffinity(0, sizeof cpus, &cpus);  // the kernel cuts it down to the cpuset; failing changes nothing
+}
+
+}  // namespace
+
+std::shared_ptr<Runtime> Runtime::acquire(std::size_t ring_bytes) {
+  Process& state = process();
+  const std::lock_guard<std::mutex> lock(state.runtime_mutex);
+  if (auto runtime = state.runtime.lock()) return runtime;
+  const std::uint64_t generation = process_generation();
+  // In a forked child the ring's memory is not there and the thread does not run: leaked, never torn down.
+  std::shared_ptr<Runtime> runtime(new Runtime(ring_bytes), [generation](Runtime* owned) {
+    if (generation == process_generation()) delete owned;
+  });
+  state.runtime = runtime;
+  return runtime;
+}
+
+std::uint32_t Runtime::next_recorder_id() noexcept {
+  static std::atomic<std::uint32_t> next{1};
+  return next.fetch_add(1, std::memory_order_relaxed);
+}
+
+std::shared_ptr<Runtime> Runtime::current() {
+  Process& state = process();
+  const std::lock_guard<std::mutex> lock(state.runtime_mutex);
+  return state.runtime.lock();
+}
+
+Runtime::Runtime(std::size_t ring_bytes)
+    : arena_(usable_ring_bytes(ring_bytes)),
+      ring_(arena_.data(), arena_.bytes() / Ring::kGranuleBytes),
+      max_piece_bytes_(piece_bytes_for(arena_.bytes())),
+      writer_(ring_) {
+  sem_init(&wake_signal_, 0, 0);
+  group_bytes_.store(std::uint64_t{32} << 20, std::memory_order_relaxed);
+  wake_granules_.store(arena_.bytes() / 2 / Ring::kGranuleBytes, std::memory_order_relaxed);
+  interval_ns_.store(std::int64_t{500} * 1000 * 1000, std::memory_order_relaxed);
+  // All signals stay with the user's threads.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    thread_ = std::thread([this] { thread_main(); });
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw Error(ErrorKind::kStorage, "cannot start the writer thread", "raise the limit of processes (ulimit -u)");
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+Runtime::~Runtime() {
+  stop_.store(true, std::memory_order_release);
+  wake();
+  thread_.join();
+  sem_destroy(&wake_signal_);
+}
+
+void Runtime::attach(const std::shared_ptr<Recorder>& recorder) {
+  const RecorderOptions& options = recorder->options();
+  // The most eager tracer sets the pace for all: they share the ring.
+  const std::uint64_t group = std::min<std::uint64_t>(group_bytes_.load(std::memory_order_relaxed), options.commit_bytes);
+  group_bytes_.store(std::max<std::uint64_t>(group, 1), std::memory_order_relaxed);
+  const std::uint64_t wake_bytes = std::min<std::uint64_t>(group, arena_.bytes() / 2);
+  wake_granules_.store(std::max<std::uint64_t>(wake_bytes / Ring::kGranuleBytes, 1), std::memory_order_relaxed);
+  interval_ns_.store(std::min<std::int64_t>(interval_ns_.load(std::memory_order_relaxed), options.commit_interval.count()),
+                     std::memory_order_relaxed);
+  WaitHooks no_hooks;
+  run_on_writer([recorder](Writer& writer) { writer.attach(recorder); }, options.stall_timeout, "opening a recorder",
+                no_hooks);
+}
+
+void Runtime::wake() noexcept {
+  // relaxed: the semaphore orders; the flag only spares system calls.
+  if (!wake_requested_.exchange(true, std::memory_order_relaxed)) sem_post(&wake_signal_);
+}
+
+void Runtime::wait_slice(std::uint64_t seen, WaitHooks& hooks) {
+  wake();
+  hooks.before_slice();
+  {
+    std::unique_lock<std::mutex> lock(progress_mutex_);
+    progress_changed_.wait_for(lock, kWaitSlice, [&] { return progress() != seen; });
+  }
+  hooks.after_slice();
+}
+
+void Runtime::run_on_writer(std::function<void(Writer&)> run, std::chrono::nanoseconds timeout, const char* what,
+                            WaitHooks& hooks) {
+  auto task = std::make_shared<Task>();
+  task->run = std::move(run);
+  {
+    const std::lock_guard<std::mutex> lock(tasks_mutex_);
+    tasks_.push_back(task);
+  }
+  const auto deadline = Clock::now() + timeout;
+  for (;;) {
+    const std::uint64_t seen = progress();
+    if (task->done.load(std::memory_order_acquire)) break;
+    if (Clock::now() >= deadline) {
+      throw Error(ErrorKind::kTraceStall, std::string(what) + " took longer than " +
+                                              std::to_string(std::chrono::duration<double>(timeout).count()) + " s",
+                  "look whether the disk still answers, or raise TracerConfig.stall_timeout_s");
+    }
+    wait_slice(seen, hooks);
+  }
+  if (task->error) std::rethrow_exception(task->error);
+}
+
+void Runtime::thread_main() {
+  pthread_setname_np(pthread_self(), "mld-writer");
+  use_every_cpu();
+  while (!stop_.load(std::memory_order_acquire)) {
+    sleep_until_due();
+    work();
+  }
+}
+
+void Runtime::sleep_until_due() {
+  auto sleep = std::chrono::nanoseconds(interval_ns_.load(std::memory_order_relaxed));
+  if (retry_at_) sleep = std::min(sleep, std::max(*retry_at_ - Clock::now(), std::chrono::nanoseconds(0)));
+  timespec until{};
+  clock_gettime(CLOCK_MONOTONIC, &until);
+  const std::int64_t ns = until.tv_nsec + sleep.count();
+  until.tv_sec += ns / 1000000000;
+  until.tv_nsec = ns % 1000000000;
+  while (sem_clockwait(&wake_signal_, CLOCK_MONOTONIC, &until) != 0 && errno == EINTR) {
+  }
+  wake_requested_.store(false, std::memory_order_relaxed);
+}
+
+void Runtime::work() {
+  const std::uint64_t group_bytes = group_bytes_.load(std::memory_order_relaxed);
+  bool more = true;
+  while (more) {
+    run_tasks();
+    more = writer_.drain_group(Clock::now(), group_bytes);
+    read_position_.store(ring_.read_position(), std::memory_order_relaxed);
+    if (more) announce_progress();
+  }
+  const auto now = Clock::now();
+  writer_.maintain(now);
+  retry_at_ = writer_.next_retry();
+  if (now - status_written_ >= kStatusInterval) {
+    status_written_ = now;
+    writer_.write_changed_status();
+  }
+}
+
+void Runtime::run_tasks() {
+  std::deque<std::shared_ptr<Task>> tasks;
+  {
+    const std::lock_guard<std::mutex> lock(tasks_mutex_);
+    tasks.swap(tasks_);
+  }
+  for (const auto& task : tasks) {
+    try {
+      task->run(writer_);
+    } catch (...) {
+      task->error = std::current_exception();
+    }
+    task->run = nullptr;  // what it owns goes before the waiter goes on
+    task->done.store(true, std::memory_order_release);
+  }
+  if (!tasks.empty()) announce_progress();
+}
+
+void Runtime::announce_progress() {
+  {
+    const std::lock_guard<std::mutex> lock(progress_mutex_);
+    progress_.fetch_add(1, std::memory_order_release);
+  }
+  progress_changed_.notify_all();
+}
+
+}  // namespace mld

@@ -1,0 +1,298 @@
+#include "writer/writer.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "store/crc32c.h"
+#include "store/files.h"
+
+namespace mld {
+namespace {
+
+// Each open environment takes two descriptors and a map; epochs beyond these are reopened when their turn comes.
+constexpr std::size_t kMaxOpenPartitions = 8;
+constexpr std::uint64_t kGroupBytes = std::uint64_t{32} << 20;
+constexpr auto kSyncInterval = std::chrono::seconds(60);
+
+std::string status_json(std::uint32_t attempt, const Counters& counters) {
+  const auto field = [](const char* name, std::uint64_t value) {
+    return ", \"" + std::string(name) + "\": " + std::to_string(value);
+  };
+  return "{\"attempt\": " + std::to_string(attempt) + field("rows_submitted", counters.rows_submitted) +
+         field("rows_committed", counters.rows_committed) + field("rows_discarded", counters.rows_discarded) +
+         field("rows_failed", counters.rows_failed) + field("rows_in_flight", counters.rows_in_flight) +
+         field("bytes_submitted", counters.bytes_submitted) + field("bytes_committed", counters.bytes_committed) +
+         field("bytes_discarded", counters.bytes_discarded) + field("bytes_failed", counters.bytes_failed) +
+         field("bytes_in_flight", counters.bytes_in_flight) + field("commits", counters.commits) + "}";
+}
+
+}  // namespace
+
+template <class Visit>
+void Writer::for_each_of(const StoreState& store, Visit visit) {
+  for (auto& [id, track] : tracks_) {
+    if (&track.recorder->store() == &store) visit(track);
+  }
+}
+
+void Writer::attach(std::shared_ptr<Recorder> recorder) {
+  const std::uint32_t id = recorder->id();
+  recorder->set_settled(ring_.read_position());
+  tracks_[id].recorder = std::move(recorder);
+}
+
+void Writer::detach(std::uint32_t recorder_id) {
+  drain_all();
+  const auto found = tracks_.find(recorder_id);
+  if (found == tracks_.end()) return;
+  Track& track = found->second;
+  const StoreState& store = track.recorder->store();
+  std::size_t recorders_of_store = 0;
+  for_each_of(store, [&](Track&) { ++recorders_of_store; });
+  std::optional<StoreError> first_error;
+  for (const auto& [epoch, partition] : track.partitions) {
+    open_.erase(std::remove(open_.begin(), open_.end(), partition.get()), open_.end());
+    const Tally left = partition->discard_pending();  // its disk never came back
+    track.recorder->mutable_ledger().fail(left.rows, left.bytes);
+    try {
+      partition->seal();
+    } catch (const StoreError& error) {
+      if (!first_error) first_error = error;
+    }
+    partition->close_environment();
+  }
+  write_status(store, recorders_of_store > 1);
+  tracks_.erase(found);
+  if (first_error) throw StoreError(*first_error);
+}
+
+bool Writer::drain_group(Clock::time_point now, std::uint64_t group_bytes) {
+  const bool read_some = read_group(group_bytes);
+  collect_losses();
+  const bool committed_some = commit_due(now);
+  release_committed();
+  return read_some || committed_some;
+}
+
+void Writer::drain_all() {
+  const std::uint64_t target = ring_.head();  // producers may go on; they do not hold us
+  while (drain_group(Clock::now(), kGroupBytes) && ring_.read_position() < target) {
+  }
+}
+
+bool Writer::read_group(std::uint64_t group_bytes) {
+  Ring::Slot slot;
+  std::uint64_t bytes = 0;
+  bool read_some = false;
+  while (bytes < group_bytes && ring_.read(&slot)) {
+    read_some = true;
+    if (slot.abandoned) continue;
+    const auto* header = reinterpret_cast<const RecordHeader*>(slot.data);
+    bytes += header->payload_bytes;
+    take({slot.position, header});
+  }
+  return read_some;
+}
+
+void Writer::take(const PendingRecord& record) {
+  const auto found = tracks_.find(record.header->recorder);
+  if (found == tracks_.end()) return;  // its recorder is closed: it came from a call that raced with close()
+  Track& track = found->second;
+  if (track.recorder->is_failed()) {
+    if (record.header->kind == RecordKind::kCall) {
+      track.recorder->mutable_ledger().fail(record.header->rows, record.header->call_bytes);
+    }
+    return;
+  }
+  partition_of(track, record.header->epoch).add(record);
+}
+
+void Writer::collect_losses() {
+  for (auto& [id, track] : tracks_) {
+    loss_scratch_.clear();
+    track.recorder->take_losses(ring_.read_position(), &loss_scratch_);
+    for (const LossNote& note : loss_scratch_) {
+      Partition& partition = partition_of(track, note.epoch);
+      for (std::uint64_t call = note.gap.first_call; call <= note.gap.last_call; ++call) partition.forget_call(call);
+      if (note.gap.rows != 0 && !track.recorder->is_failed()) partition.add_gap(note.gap);
+    }
+  }
+}
+
+bool Writer::commit_due(Clock::time_point now) {
+  struct Due {
+    std::uint64_t position;
+    Track* track;
+    Partition* partition;
+  };
+  std::vector<Due> due;
+  for (auto& [id, track] : tracks_) {
+    for (auto& [epoch, partition] : track.partitions) {
+      if (!partition->has_pending() || partition->retry_at() > now) continue;
+      due.push_back({partition->oldest_position().value_or(ring_.read_position()), &track, partition.get()});
+    }
+  }
+  // Oldest first, so that the tail can follow soonest.
+  std::sort(due.begin(), due.end(), [](const Due& a, const Due& b) { return a.position < b.position; });
+  for (const Due& item : due) commit(*item.track, *item.partition, now);
+  return !due.empty();
+}
+
+void Writer::commit(Track& track, Partition& partition, Clock::time_point now) {
+  if (!partition.has_pending()) return;  // its recorder failed with an earlier one
+  make_room_for(partition);
+  const auto begin = Clock::now();
+  const CommitResult result = partition.commit(now);
+  Ledger& ledger = track.recorder->mutable_ledger();
+  if (result.outcome == CommitOutcome::kRetryLater) return;
+  if (result.outcome == CommitOutcome::kFailed) return fail_track(track, *partition.failure());
+  track.recorder->store().add_disk_bytes(result.grown_bytes);
+  ledger.commit(result.committed.rows, result.committed.bytes);
+  if (result.dropped.rows != 0) ledger.drop(result.dropped.rows, result.dropped.bytes);
+  ledger.add_commit(result.written_bytes, static_cast<std::uint64_t>((Clock::now() - begin).count()));
+}
+
+// One partition's storage is beyond hope, so its attempt cannot be complete: the attempt ends here, counted.
+void Writer::fail_track(Track& track, const StoreError& error) {
+  for (const auto& [epoch, partition] : track.partitions) {
+    const Tally tally = partition->discard_pending();
+    track.recorder->mutable_ledger().fail(tally.rows, tally.bytes);
+    partition->close_environment();
+  }
+  track.recorder->fail(error);
+}
+
+void Writer::release_committed() {
+  std::uint64_t tail = ring_.read_position();
+  for (auto& [id, track] : tracks_) {
+    std::uint64_t settled = ring_.read_position();
+    for (const auto& [epoch, partition] : track.partitions) {
+      if (const auto oldest = partition->oldest_position()) settled = std::min(settled, *oldest);
+    }
+    track.recorder->set_settled(settled);
+    tail = std::min(tail, settled);
+  }
+  ring_.release(tail);
+}
+
+Partition& Writer::partition_of(Track& track, std::int64_t epoch) {
+  std::unique_ptr<Partition>& partition = track.partitions[epoch];
+  if (partition == nullptr) {
+    const Recorder& recorder = *track.recorder;
+    const StoreOptions& store = recorder.store().options();
+    partition = std::make_unique<Partition>(
+        PartitionOptions{recorder.store().partition_directory(epoch), store.rank, recorder.options().attempt, epoch,
+                         store.sync, store.segment_bytes, recorder.options().stall_timeout});
+  }
+  return *partition;
+}
+
+void Writer::make_room_for(Partition& partition) {
+  open_.erase(std::remove(open_.begin(), open_.end(), &partition), open_.end());
+  while (open_.size() >= kMaxOpenPartitions) {
+    open_.front()->close_environment();
+    open_.erase(open_.begin());
+  }
+  open_.push_back(&partition);
+}
+
+void Writer::maintain(Clock::time_point now) {
+  if (now - last_sync_ < kSyncInterval) return;
+  last_sync_ = now;
+  for (auto& [id, track] : tracks_) {
+    for (auto& [epoch, partition] : track.partitions) {
+      const bool was_open = partition->is_open();
+      partition->sync();
+      if (!was_open) partition->close_environment();
+    }
+  }
+}
+
+std::optional<Clock::time_point> Writer::next_retry() const {
+  std::optional<Clock::time_point> earliest;
+  for (const auto& [id, track] : tracks_) {
+    for (const auto& [epoch, partition] : track.partitions) {
+      if (!partition->has_pending()) continue;
+      if (!earliest || partition->retry_at() < *earliest) earliest = partition->retry_at();
+    }
+  }
+  return earliest;
+}
+
+DroppedRows Writer::drop_epoch(StoreState& store, std::int64_t epoch, std::optional<std::uint32_t> attempt) {
+  drain_all();
+  for_each_of(store, [&](Track& track) {
+    const auto found = track.partitions.find(epoch);
+    if (found == track.partitions.end()) return;
+    if (attempt && track.recorder->options().attempt != *attempt) return;
+    const Tally tally = found->second->drop();
+    if (tally.rows != 0) track.recorder->mutable_ledger().drop(tally.rows, tally.bytes);
+  });
+  release_committed();
+  return store.drop_epoch(epoch, attempt);
+}
+
+void Writer::drop_all_epochs(StoreState& store) {
+  drain_all();
+  for_each_of(store, [&](Track& track) {
+    for (const auto& [epoch, partition] : track.partitions) {
+      const Tally tally = partition->drop();
+      if (tally.rows != 0) track.recorder->mutable_ledger().drop(tally.rows, tally.bytes);
+    }
+  });
+  release_committed();
+  store.drop_all();
+}
+
+bool Writer::read_piece(std::uint32_t recorder_id, std::int64_t epoch, std::uint64_t call, std::uint32_t capture,
+                        std::size_t piece, const CapturePiece& where, void* out) {
+  if (where.position >= ring_.tail()) {  // only this thread releases, so it stays there while we copy
+    std::memcpy(out, ring_.at(where.position) + sizeof(RecordHeader), where.bytes);
+    return true;
+  }
+  const auto track = tracks_.find(recorder_id);
+  if (track == tracks_.end()) return false;
+  const auto partition = track->second.partitions.find(epoch);
+  if (partition == track->second.partitions.end()) return false;
+  const bool was_open = partition->second->is_open();
+  const bool found = partition->second->read_piece(call, capture, piece, out, where.bytes);
+  if (!was_open) partition->second->close_environment();
+  return found;
+}
+
+void Writer::write_status(const StoreState& store, bool recording) noexcept {
+  std::string attempts;
+  for_each_of(store, [&](Track& track) {
+    if (!attempts.empty()) attempts += ", ";
+    attempts += status_json(track.recorder->options().attempt, track.recorder->ledger().snapshot());
+  });
+  std::string text = "{\"format_version\": " + std::to_string(kFormatVersion) + ", \"pid\": " + std::to_string(getpid()) +
+                     ", \"recording\": " + (recording ? "true" : "false") + ", \"attempts\": [" + attempts + "]";
+  text += ", \"crc32c\": " + std::to_string(crc32c(text.data(), text.size())) + "}";
+  // Written in place and padded: one small write into the page cache, where a rename would cost the journal each time.
+  // A reader that meets a half-written one sees it by the checksum and reads again.
+  text.resize((text.size() + 4096) / 4096 * 4096, ' ');
+  text.back() = '\n';
+  const std::string path = store.directory() + "/" + kStatusFile;
+  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  if (file < 0) return;
+  const ssize_t written = pwrite(file, text.data(), text.size(), 0);
+  static_cast<void>(written);
+  close(file);
+}
+
+void Writer::write_changed_status() noexcept {
+  for (auto& [id, track] : tracks_) {
+    const Counters counters = track.recorder->ledger().snapshot();
+    const std::uint64_t rows = counters.rows_submitted + counters.rows_committed + counters.rows_discarded + counters.rows_failed;
+    if (rows == track.rows_in_status) continue;
+    track.rows_in_status = rows;
+    write_status(track.recorder->store(), true);
+  }
+}
+
+}  // namespace mld

@@ -1,0 +1,148 @@
+"""The C++ core: byte ring, writer thread, store. Private; the public face is in the Python modules that import it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, final
+
+from typing_extensions import Buffer
+
+FORMAT_VERSION: int
+LMDB_VERSION: str
+MAX_RANKS: int
+MAX_ATTEMPTS: int
+
+@final
+class Store:
+    """The write side of one (trace, rank): its lock and its partitions; shared by path within a process."""
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        rank: int,
+        durability: Literal["power", "process"],
+        max_bytes: int | None = None,
+        segment_bytes: int = 4 << 30,
+    ) -> None:
+        """Take the writer lock of ``directory`` (made if missing), or share it with this process's other handles.
+
+        Raises TraceInUseError (another process writes there), StorageError (unwritable, full, network filesystem),
+        InvalidInputError (shared with other ``durability`` or ``max_bytes``).
+        """
+
+    @property
+    def directory(self) -> str: ...
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the segments of this rank take on disk, as last seen by the writer."""
+
+    def recorder(
+        self,
+        attempt: int,
+        *,
+        overflow: Literal["block", "discard", "raise"],
+        on_error: Literal["raise", "warn"],
+        ring_bytes: int,
+        commit_bytes: int,
+        commit_interval_s: float,
+        stall_timeout_s: float,
+    ) -> Recorder:
+        """Open the recording side of one attempt; starts the process's ring and writer thread when it is the first."""
+
+    def drop_epoch(self, epoch: int, *, attempt: int | None, timeout_s: float) -> tuple[int, int]:
+        """Delete an epoch (-1: rows without one) of this rank; returns (feature rows, ground-truth rows) deleted."""
+
+    def drop_all(self, *, timeout_s: float) -> None:
+        """Delete every epoch of this rank."""
+
+    def close(self) -> None:
+        """Let go of this handle; the last one of the process releases the lock. Idempotent."""
+
+@final
+class Recorder:
+    """One attempt: where the hooks of one tracer put what they see. Every thread has its own current call."""
+
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def inert(self) -> bool:
+        """True in a forked child, where every method but ``counters`` does nothing."""
+
+    @property
+    def failed(self) -> bool:
+        """True when the writer has given up on this attempt's storage."""
+
+    def begin_call(self, epoch: int, batch_size: int) -> int:
+        """Start the calling thread's call (epoch -1: none) and return its number, counted from 0 in this attempt.
+
+        Raises StorageError when the writer has failed and ``on_error="raise"``.
+        """
+
+    def capture(self, column: int, tensor: Any) -> None:
+        """Copy one dense torch tensor into the current call; blocks only as ``overflow`` says."""
+
+    def capture_buffer(self, column: int, data: Buffer) -> None:
+        """Copy bytes into the current call, listed by ``captures`` as dtype ``uint8`` with shape ``(n,)``."""
+
+    def captures(self) -> list[tuple[int, str, tuple[int, ...]]]:
+        """(column, dtype, shape) of the current call's captures, in order; the index is the capture number."""
+
+    def end_call(self, description: bytes, rows: int, ground_truth_rows: int) -> bool:
+        """Hand the call over with its msgpack description; False if it was discarded or failed (counted)."""
+
+    def abort_call(self) -> None:
+        """Forget the calling thread's call; nothing of it becomes visible or is counted."""
+
+    def read_back(self, capture: int) -> bytearray:
+        """Bytes of one capture of the calling thread's current call, or of its last ended one.
+
+        Raises NotFoundError when there is none (aborted, discarded, dropped).
+        """
+
+    def flush(self, timeout_s: float | None) -> None:
+        """Return when every call ended before is committed; None waits as long as there is progress.
+
+        Raises StorageError (failed for good), TraceStallError (deadline or no progress).
+        """
+
+    def counters(self) -> dict[str, Any]:
+        """The fields of TracerStats, by name."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Flush, seal and let go; False if the deadline passed and the core was left behind. Idempotent."""
+
+@final
+class CaptureHook:
+    """Forward hook of one column: copies the layer's output into the calling thread's current call, if it has one."""
+
+    def __init__(self, recorder: Recorder, column: int, prepare: Callable[[Any], Any], *, always_prepare: bool = False) -> None:
+        """``prepare(output)`` turns any output into the tensor to store; skipped for a plain, dense tensor whose
+        first dimension is the batch size, unless ``always_prepare``."""
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None: ...
+
+@final
+class Segment:
+    """Read access to one LMDB segment; the handle is shared with the writer when it is live in this process."""
+
+    def __init__(self, path: str, *, sealed: bool) -> None:
+        """Open for reading; NotFoundError if it is gone, CorruptDataError if it is not a segment."""
+
+    def meta(self) -> bytes:
+        """The segment's counters, msgpack; one short transaction."""
+
+    def headers(self, after: int | None = None, limit: int = 1024) -> list[tuple[int, bytes]]:
+        """(key, value) of up to ``limit`` headers behind key ``after``, in key order, checksums verified."""
+
+    def read(self, chunks: Sequence[tuple[int, int, int, int]], out: Buffer) -> None:
+        """Copy chunks (key, offset in ``out``, bytes, crc32c) into ``out`` in one transaction, without the GIL.
+
+        Raises CorruptDataError on a wrong length or checksum.
+        """
+
+    def close(self) -> None: ...
+
+def crc32c(data: Buffer, crc: int = 0) -> int:
+    """CRC-32C (Castagnoli) of ``data``, continued from ``crc``."""
+
+def is_locked(path: str) -> bool:
+    """Whether a process holds the writer lock file ``path``; False if there is none."""
