@@ -89,8 +89,10 @@ std::shared_ptr<Environment> Environment::open(const std::string& directory, Acc
 
 void Environment::open_handle(const std::string& directory, Access access, Sync sync, std::size_t map_bytes) {
   const unsigned flags = flags_of(access, sync);
-  // A writer's map is wide, since set_mapsize must not be called later; under a limit on address space take what there is.
+  // A writer's map is wide, since set_mapsize must not be called later; under a limit on address space take what there
+  // is. What never grows again is mapped as long as it is; 0 takes the writer's width.
   std::size_t wish = is_writable(access) ? map_bytes : 0;
+  if (access == Access::kReadSealed) wish = file_bytes(directory + "/" + kDataFile);
   int code = open_with_map(&handle_, directory, flags, wish);
   while (code == ENOMEM && wish / 2 >= kSmallestMapBytes) {
     wish /= 2;

@@ -147,6 +147,11 @@ FileId file_id(const std::string& path) {
   return {status.st_dev, status.st_ino};
 }
 
+std::uint64_t file_bytes(const std::string& path) {
+  struct stat status {};
+  return stat(path.c_str(), &status) == 0 ? static_cast<std::uint64_t>(status.st_size) : 0;
+}
+
 std::uint64_t disk_bytes_of(const std::string& path) {
   struct stat status {};
   if (stat(path.c_str(), &status) != 0) return 0;

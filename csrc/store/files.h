@@ -24,6 +24,7 @@ void remove_tree(const std::string& path);
 std::vector<std::string> list_directory(const std::string& path);
 bool path_exists(const std::string& path);
 FileId file_id(const std::string& path);
+std::uint64_t file_bytes(const std::string& path);     // length of a file; 0 if it is gone
 std::uint64_t disk_bytes_of(const std::string& path);  // of one file; 0 if it is gone
 std::uint64_t free_bytes_at(const std::string& path);  // of its filesystem, for ordinary users; UINT64_MAX if unknown
 // The name of a network filesystem that LMDB must not write to, or empty.

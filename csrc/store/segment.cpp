@@ -1,5 +1,7 @@
 #include "store/segment.h"
 
+#include <fcntl.h>
+
 #include <cstdio>
 #include <cstring>
 #include <utility>
@@ -78,6 +80,19 @@ void Segment::seal() {
   replace_file(path(kSealedFile), sealed_json(totals_), sync_ == Sync::kOnRequest);
 }
 
+// Nobody reads what was just appended, and a container's memory limit counts it: write-back starts now where commits do
+// not force it, and clean pages go. Both are advice; pages of the trees are mapped, which keeps them.
+void Segment::give_back_page_cache(std::uint64_t used_before) noexcept {
+  int descriptor = -1;
+  if (mdb_env_get_fd(environment_->get(), &descriptor) != MDB_SUCCESS || used_bytes_ <= used_before) return;
+  const auto begin = static_cast<off_t>(used_before);
+  const auto length = static_cast<off_t>(used_bytes_ - used_before);
+#if defined(SYNC_FILE_RANGE_WRITE)
+  if (sync_ == Sync::kOnRequest) sync_file_range(descriptor, begin, length, SYNC_FILE_RANGE_WRITE);
+#endif
+  posix_fadvise(descriptor, begin, length, POSIX_FADV_DONTNEED);
+}
+
 bool Segment::read_chunk(std::uint64_t key, void* out, std::size_t bytes) {
   open();
   const Transaction transaction(*environment_, true);
@@ -136,7 +151,9 @@ void Segment::Batch::commit() {
   mdb_env_info(segment_.environment_->get(), &info);
   MDB_stat stat{};
   mdb_env_stat(segment_.environment_->get(), &stat);
+  const std::uint64_t used_before = segment_.used_bytes_;
   segment_.used_bytes_ = (info.me_last_pgno + 1) * std::uint64_t{stat.ms_psize};
+  segment_.give_back_page_cache(used_before);
 }
 
 }  // namespace mld

@@ -68,6 +68,7 @@ class Segment {
   };
 
  private:
+  void give_back_page_cache(std::uint64_t used_before) noexcept;
   [[nodiscard]] std::string path(const char* name) const { return directory_ + "/" + name; }
 
   const std::string directory_;

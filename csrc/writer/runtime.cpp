@@ -115,6 +115,7 @@ void Runtime::attach(const std::shared_ptr<Recorder>& recorder) {
 
 void Runtime::wake() noexcept {
   // relaxed: the semaphore orders; the flag only spares system calls.
+  if (wake_requested_.load(std::memory_order_relaxed)) return;
   if (!wake_requested_.exchange(true, std::memory_order_relaxed)) sem_post(&wake_signal_);
 }
 

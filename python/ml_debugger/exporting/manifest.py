@@ -1,0 +1,54 @@
+"""`manifest.json` of an export: what was recorded, what was written, what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ml_debugger import _core
+from ml_debugger.store import layout
+from ml_debugger.trace.catalog import RankSummary
+from ml_debugger.trace.header import Gap
+from ml_debugger.trace.schema import ColumnSchema, recorded_label
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+def column_entry(schema: ColumnSchema, written: np.dtype[Any], *, one_shape: bool) -> dict[str, Any]:
+    """What the manifest says about a column: recorded type, written dtype, shape of one row (null if it varies)."""
+    return {
+        "recorded": recorded_label(schema),
+        "written": written.str if written.kind == "U" else written.name,
+        "shape": list(schema.row_shape) if one_shape else None,
+    }
+
+
+def discarded_entry(gaps: list[Gap]) -> dict[str, Any]:
+    """Rows that were handed over and are in no segment, by cause."""
+    by_cause: Counter[str] = Counter()
+    for gap in gaps:
+        by_cause[gap.cause] += gap.rows
+    return {"rows": by_cause.total(), "by_cause": dict(sorted(by_cause.items()))}
+
+
+def ranks_entry(trace_dir: Path, ranks: list[RankSummary]) -> list[dict[str, Any]]:
+    """One entry a rank; ``writing`` tells whether a process still records there."""
+    return [
+        {
+            "rank": summary.rank,
+            "rows": summary.rows,
+            "last_call": summary.last_call,
+            "writing": _core.is_locked(str(layout.rank_directory(trace_dir, summary.rank) / "writer.lock")),
+        }
+        for summary in ranks
+    ]
+
+
+def encode(document: dict[str, Any]) -> bytes:
+    """The manifest's bytes; equal documents give equal bytes."""
+    return (json.dumps(document, indent=1) + "\n").encode("ascii")

@@ -1,0 +1,66 @@
+"""Where an export goes: `output_path` and the default file name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from ml_debugger.errors import InvalidInputError, InvalidTypeError
+
+_MAX_NAME_BYTES = 255
+_HASH_DIGITS = 8
+# Separators and what some filesystem refuses: control characters, and text that UTF-8 cannot encode.
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]')
+
+
+def default_name(model_name: str, version_name: str, n_epoch: int | None) -> str:
+    """File name ``<model_name>_<version_name>[_epoch<n>].zip``, made safe: at most 255 bytes, no separators."""
+    stem = f"{model_name}_{version_name}"
+    end = ".zip" if n_epoch is None else f"_epoch{n_epoch}.zip"
+    safe = _UNSAFE.sub("_", stem)
+    stripped = safe.lstrip(".")
+    safe = "_" * (len(safe) - len(stripped)) + stripped
+    room = _MAX_NAME_BYTES - len(end)
+    encoded = safe.encode()
+    if len(encoded) > room:
+        # Long names that begin alike must not overwrite one another.
+        digest = "-" + hashlib.sha256(stem.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_DIGITS]
+        safe = encoded[: room - len(digest)].decode("utf-8", "ignore") + digest
+    return safe + end
+
+
+def resolve_output(output_path: str | os.PathLike[str] | None, name: str) -> Path:
+    """The file to write.
+
+    Args:
+        output_path: A directory, or a file that ends in ``.zip``; an existing directory stays one even with that ending.
+            None: the current directory.
+        name: File name to use in a directory.
+
+    Raises:
+        InvalidTypeError: Not a path.
+        InvalidInputError: An empty path, one with NUL, or one that leads through a file.
+    """
+    if output_path is None:
+        return Path.cwd() / name
+    if not isinstance(output_path, (str, os.PathLike)) or not isinstance(os.fspath(output_path), str):
+        raise InvalidTypeError(
+            f"output_path must be a path, got {type(output_path).__name__}", "pass a str or a pathlib.Path"
+        )
+    text = os.fspath(output_path)
+    if not text or "\0" in text:
+        raise InvalidInputError(f"output_path must be a non-empty path, got {text!r}", "name a file or a directory")
+    path = Path(text)
+    if path.is_dir() or not text.lower().endswith(".zip"):
+        path = path / name
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise InvalidInputError(
+                    f"output_path {text!r} leads through {str(parent)!r}, which is a file",
+                    "name a directory, or a file that ends in .zip",
+                )
+            break
+    return path

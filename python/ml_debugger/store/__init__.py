@@ -1,0 +1,1 @@
+"""Where a trace lies on disk; shared by the tracer and by the readers."""

@@ -1,0 +1,381 @@
+"""Paths and small JSON files of a trace, as `docs/record_format.md` describes them.
+
+Only names and listings live here: rows are written and read by `_core`. Nothing here opens an LMDB environment, and
+nothing that lists ever creates a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_debugger.errors import (
+    CorruptDataError,
+    InvalidInputError,
+    InvalidTypeError,
+    NotFoundError,
+    StorageError,
+)
+
+FORMAT_VERSION = 1
+DEFAULT_DATA_DIR = "mld_data"
+NO_EPOCH = -1
+MAX_RANKS = 1 << 14
+MAX_ATTEMPTS = 1 << 13
+
+_VERSION_FILE = "version.json"
+_ATTEMPTS_FILE = "attempts.json"
+_SLUG_CHARACTERS = 40
+_SLUG_HASH_DIGITS = 12
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+_RANK = re.compile(r"rank-(\d{5,})\Z")
+_EPOCH = re.compile(r"epoch-(\d+|none)\Z")
+_SEGMENT = re.compile(r"a(\d{5,})-s(\d{5,})\Z")
+
+
+class Partition(NamedTuple):
+    """One epoch of one rank; ``epoch`` is -1 for the rows without one."""
+
+    epoch: int
+    path: Path
+
+
+class SegmentEntry(NamedTuple):
+    """One LMDB environment; ``usable`` is False when a power cut may have torn it (it must not be opened)."""
+
+    attempt: int
+    sequence: int
+    path: Path
+    sealed: bool
+    usable: bool
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """What `version.json` holds: the true names, and what the tables consist of.
+
+    Attributes:
+        model_name: Name of the model, as given.
+        version_name: Name of the version, as given.
+        fingerprint: Hex digest of the architecture.
+        aliases: Module path by alias, in column order; the path of a head that is searched for is ``None``.
+        additional_fields: Specifications of the extra columns of ``extracted_feature``.
+        additional_label_fields: Specifications of the extra columns of ``ground_truth``.
+    """
+
+    model_name: str
+    version_name: str
+    fingerprint: str
+    aliases: dict[str, str | None]
+    additional_fields: list[dict[str, Any]]
+    additional_label_fields: list[dict[str, Any]]
+
+
+def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Directory of all traces: the argument, else ``MLD_DATA_DIR``, else ``./mld_data``; absolute, not created."""
+    if data_dir is None:
+        data_dir = os.environ.get("MLD_DATA_DIR") or DEFAULT_DATA_DIR
+    elif not isinstance(data_dir, (str, os.PathLike)):
+        raise InvalidTypeError(
+            f"data_dir must be a path, got {type(data_dir).__name__}", "pass a str or a pathlib.Path"
+        )
+    text = os.fspath(data_dir)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InvalidInputError(f"data_dir must be a non-empty path, got {text!r}", "name a directory")
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def check_name(name: object, parameter: str) -> str:
+    """Return ``name`` if it can name a model or a version: any non-empty text.
+
+    Raises:
+        InvalidTypeError: Not a str.
+        InvalidInputError: Empty.
+    """
+    if not isinstance(name, str):
+        raise InvalidTypeError(f"{parameter} must be a str, got {type(name).__name__}", "pass non-empty text")
+    if not name:
+        raise InvalidInputError(f"{parameter} must not be empty", "pass non-empty text")
+    return str(name)
+
+
+def slug(name: str) -> str:
+    """Directory name for a model or a version: readable, safe, and different for different names."""
+    readable = _UNSAFE.sub("_", name)
+    stripped = readable.lstrip(".")
+    readable = "_" * (len(readable) - len(stripped)) + stripped
+    # surrogatepass: "any non-empty text" includes text that UTF-8 proper cannot encode.
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{readable[:_SLUG_CHARACTERS]}-{digest[:_SLUG_HASH_DIGITS]}"
+
+
+def trace_directory(data_dir: Path, model_name: str, version_name: str) -> Path:
+    """Directory of one (model, version); not created."""
+    return data_dir / slug(model_name) / slug(version_name)
+
+
+def rank_directory(trace_dir: Path, rank: int) -> Path:
+    """Directory of one rank; not created."""
+    return trace_dir / f"rank-{rank:05d}"
+
+
+def partition_directory(rank_dir: Path, epoch: int) -> Path:
+    """Directory of one epoch (-1: rows without one); not created."""
+    return rank_dir / ("epoch-none" if epoch == NO_EPOCH else f"epoch-{epoch}")
+
+
+def rank_directories(trace_dir: Path) -> list[tuple[int, Path]]:
+    """(rank, directory) of every rank that has recorded here, by rank."""
+    return sorted((int(match[1]), path) for match, path in _matching(trace_dir, _RANK))
+
+
+def partitions(rank_dir: Path) -> list[Partition]:
+    """The epochs of a rank in rising order, -1 (rows without one) first; dropped ones are not listed."""
+    found = _matching(rank_dir, _EPOCH)
+    return sorted(Partition(NO_EPOCH if match[1] == "none" else int(match[1]), path) for match, path in found)
+
+
+def segments(partition_dir: Path) -> list[SegmentEntry]:
+    """The segments of a partition by (attempt, sequence).
+
+    A directory without `segment.json` holds no row yet and is left out. ``usable`` is False for an unsealed segment of
+    durability ``process`` that carries another boot id than this machine.
+    """
+    entries = []
+    for match, path in _matching(partition_dir, _SEGMENT):
+        description = _read_json(path / "segment.json")
+        if description is None:
+            continue
+        check_format_version(description, path / "segment.json")
+        sealed = (path / "sealed.json").exists()
+        torn = description.get("durability") != "power" and description.get("boot_id") != boot_id()
+        entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed, sealed or not torn))
+    return sorted(entries)
+
+
+def read_sealed(segment: SegmentEntry) -> dict[str, Any] | None:
+    """The row counts in a segment's `sealed.json`; None if it is not sealed."""
+    return _read_json(segment.path / "sealed.json")
+
+
+def trace_directories(data_dir: Path) -> list[Path]:
+    """Directory of every trace under ``data_dir``, sorted by path."""
+    return sorted(path.parent for path in data_dir.glob(f"*/*/{_VERSION_FILE}"))
+
+
+@functools.cache
+def boot_id() -> str:
+    """Identity of this boot of the machine; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def read_version(trace_dir: Path) -> VersionInfo:
+    """Read `version.json`.
+
+    Raises:
+        NotFoundError: No trace there.
+        CorruptDataError: Not readable as one, or of a newer format.
+    """
+    path = trace_dir / _VERSION_FILE
+    document = _read_json(path)
+    if document is None:
+        raise NotFoundError(f"no trace at {trace_dir}", "check data_dir, model name and version name")
+    check_format_version(document, path)
+    try:
+        return VersionInfo(
+            model_name=document["model_name"],
+            version_name=document["version_name"],
+            fingerprint=document["fingerprint"],
+            aliases=dict(document["aliases"]),
+            additional_fields=list(document["additional_fields"]),
+            additional_label_fields=list(document["additional_label_fields"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptDataError(f"{path} lacks or garbles {error}", "restore the file from a copy") from error
+
+
+def write_version(trace_dir: Path, info: VersionInfo, *, replace: bool = False) -> VersionInfo:
+    """Record what a trace consists of; returns what stands there afterwards.
+
+    Ranks of one job come at the same moment: without ``replace`` the first one writes, the others get its content.
+    """
+    make_directory(trace_dir)
+    path = trace_dir / _VERSION_FILE
+    document = {
+        "format_version": FORMAT_VERSION,
+        "model_name": info.model_name,
+        "version_name": info.version_name,
+        "fingerprint": info.fingerprint,
+        "aliases": info.aliases,
+        "additional_fields": info.additional_fields,
+        "additional_label_fields": info.additional_label_fields,
+    }
+    if replace:
+        write_json(path, document)
+        return info
+    if not _create_json(path, document):
+        return read_version(trace_dir)
+    return info
+
+
+def attempts(rank_dir: Path) -> list[int]:
+    """Numbers of the attempts of a rank, rising."""
+    return [int(entry["attempt"]) for entry in _read_attempts(rank_dir)]
+
+
+def register_attempt(rank_dir: Path) -> int:
+    """Give out the next attempt number of a rank and record it durably.
+
+    REQUIRES: the caller holds the rank's writer lock.
+
+    Raises:
+        StorageError: The numbers are used up, or the directory cannot be written.
+    """
+    entries = _read_attempts(rank_dir)
+    found = [int(entry["attempt"]) for entry in entries]
+    # Segments count too: a lost attempts.json must not hand a number out twice, row ids would repeat.
+    for partition in partitions(rank_dir):
+        found += [int(match[1]) for match, _ in _matching(partition.path, _SEGMENT)]
+    attempt = max(found, default=-1) + 1
+    if attempt >= MAX_ATTEMPTS:
+        raise StorageError(
+            f"{rank_dir} has had {MAX_ATTEMPTS} attempts, the most that fit a row_id",
+            "use another version_name",
+        )
+    entries.append({"attempt": attempt, "started_unix_s": round(time.time(), 3), "pid": os.getpid()})
+    write_json(rank_dir / _ATTEMPTS_FILE, {"format_version": FORMAT_VERSION, "attempts": entries})
+    return attempt
+
+
+def check_format_version(document: dict[str, Any], path: Path) -> None:
+    """Refuse a file of a newer format than this package knows."""
+    version = document.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
+        raise CorruptDataError(
+            f"{path} has format version {version!r}, expected at most {FORMAT_VERSION}", "upgrade ml-debugger"
+        )
+
+
+def make_directory(path: Path) -> None:
+    """Create ``path`` and its missing parents with mode 0700 and make the new names durable."""
+    missing = []
+    current = path
+    while not current.exists():
+        missing.append(current)
+        current = current.parent
+    with _storage_errors(f"create the directory {path}"):
+        for directory in reversed(missing):
+            directory.mkdir(mode=0o700, exist_ok=True)
+            _sync_directory(directory.parent)
+        if not path.is_dir():
+            raise NotADirectoryError(f"{path} is not a directory")
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Replace ``path`` atomically and durably (mode 0600): temporary file, fsync, rename, fsync of the directory."""
+    with _storage_errors(f"write {path}"), _temporary_json(path, document) as temporary:
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+
+
+def _create_json(path: Path, document: dict[str, Any]) -> bool:
+    """Write ``path`` atomically if nothing is there; False if something is."""
+    with _storage_errors(f"write {path}"), _temporary_json(path, document) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a filesystem without hard links
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+        _sync_directory(path.parent)
+        return True
+
+
+@contextlib.contextmanager
+def _temporary_json(path: Path, document: dict[str, Any]) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            json.dump(document, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def _storage_errors(action: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot {action}: {error.strerror or error}", "check that data_dir is writable and has space"
+        ) from error
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _matching(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], Path]]:
+    try:
+        with os.scandir(directory) as entries:
+            found = [(pattern.match(entry.name), Path(entry.path)) for entry in entries]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StorageError(f"cannot list {directory}: {error.strerror}", "check its permissions") from error
+    return [(match, path) for match, path in found if match is not None]
+
+
+def _read_attempts(rank_dir: Path) -> list[dict[str, Any]]:
+    path = rank_dir / _ATTEMPTS_FILE
+    document = _read_json(path)
+    if document is None:
+        return []
+    check_format_version(document, path)
+    entries = document.get("attempts")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and "attempt" in entry for entry in entries
+    ):
+        raise CorruptDataError(f"{path} holds no list of attempts", "restore the file from a copy")
+    return entries
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None if there is no file."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise CorruptDataError(f"{path} is not JSON: {error}", "restore the file from a copy") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    if not isinstance(document, dict):
+        raise CorruptDataError(f"{path} holds no JSON object", "restore the file from a copy")
+    return document

@@ -1,0 +1,343 @@
+"""Which calls a trace holds, in row order: by (epoch, attempt, call, rank).
+
+A snapshot remembers one integer for each call and reads the headers again whenever they are needed, so that its memory
+does not grow with what the headers say. Segments are opened for one bounded step at a time: nothing keeps a dropped epoch
+alive between two steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import os
+import warnings
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from ml_debugger import _core
+from ml_debugger.errors import CorruptDataError, NotFoundError
+from ml_debugger.store import layout
+from ml_debugger.trace.header import INLINE, Call, Gap, HeaderDecoder
+
+_HEADERS_A_STEP = 256
+_TRIES = 5
+
+_Result = TypeVar("_Result")
+
+
+class VanishedError(NotFoundError):
+    """What was being read has been dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRef:
+    """One segment, not open; ``inode`` tells it from a later one of the same name."""
+
+    rank: int
+    epoch: int
+    attempt: int
+    sequence: int
+    path: Path
+    sealed: bool
+    inode: int
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[_core.Segment]:
+        """The open segment, for one bounded step.
+
+        Raises:
+            VanishedError: It has been dropped.
+        """
+        self.check_exists()
+        try:
+            segment = _core.Segment(str(self.path), sealed=self.sealed)
+        except NotFoundError as error:
+            raise self._vanished() from error
+        try:
+            yield segment
+        finally:
+            segment.close()
+
+    def check_exists(self) -> None:
+        """Raise VanishedError if the segment has been dropped."""
+        try:
+            inode = os.stat(self.path).st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            inode = -1
+        if inode != self.inode:
+            raise self._vanished()
+
+    def data_bytes(self) -> int:
+        """Size of the data file: no chunk in it can be larger."""
+        try:
+            return os.stat(self.path / "data.mdb").st_size
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._vanished() from error
+
+    def _vanished(self) -> VanishedError:
+        epoch = "the rows without an epoch" if self.epoch == layout.NO_EPOCH else f"epoch {self.epoch}"
+        return VanishedError(
+            f"{epoch} of rank {self.rank} was dropped while it was read ({self.path} is gone)",
+            "start reading again; what is left is complete",
+        )
+
+
+def retry_vanished(operation: Callable[[], _Result]) -> _Result:
+    """Run ``operation`` again, a few times, when an epoch is dropped under it."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(VanishedError):
+            return operation()
+    return operation()
+
+
+def list_epochs(trace_dir: Path) -> list[int]:
+    """Epochs that hold rows, rising; -1 for the rows without one."""
+    return retry_vanished(lambda: _list_epochs(trace_dir))
+
+
+def _list_epochs(trace_dir: Path) -> list[int]:
+    found: set[int] = set()
+    for rank, rank_dir in layout.rank_directories(trace_dir):
+        for partition in layout.partitions(rank_dir):
+            if partition.epoch not in found and _holds_calls(rank, partition):
+                found.add(partition.epoch)
+    return sorted(found)
+
+
+def _holds_calls(rank: int, partition: layout.Partition) -> bool:
+    usable, _ = _partition_segments(rank, partition)
+    for ref in usable:
+        for key, value in _headers(ref):
+            if isinstance(_decoder(ref).decode(key, value), Call):
+                return True
+    return False
+
+
+@dataclass
+class _Stream:
+    """The calls of one segment that belong to a snapshot: their keys, rising, and a read-ahead of decoded headers."""
+
+    ref: SegmentRef
+    keys: array[int] = field(default_factory=lambda: array("Q"))
+
+    def calls(self) -> Iterator[Call]:
+        position = 0
+        while position < len(self.keys):
+            step = self._step(position)
+            yield from step
+            position += len(step)
+
+    def _step(self, position: int) -> list[Call]:
+        """Decode the next calls; at least one, so that every step makes progress."""
+        decoder = _decoder(self.ref)
+        calls: list[Call] = []
+        after = self.keys[position] - 1 if self.keys[position] else None
+        with self.ref.opened() as segment:
+            while not calls:
+                headers = segment.headers(after, _HEADERS_A_STEP)
+                for key, value in headers:
+                    if position < len(self.keys) and key == self.keys[position]:
+                        call = decoder.decode(key, value)
+                        assert isinstance(call, Call)
+                        calls.append(call)
+                        position += 1
+                if not headers or (position < len(self.keys) and headers[-1][0] > self.keys[position]):
+                    break
+                after = headers[-1][0]
+        if not calls:
+            raise CorruptDataError(
+                f"the header of call {self.keys[position]} has left {self.ref.path}", "restore the segment from a copy"
+            )
+        return calls
+
+
+@dataclass(frozen=True, slots=True)
+class RankSummary:
+    """What a snapshot holds of one rank; ``last_call`` is the highest call number of the newest attempt."""
+
+    rank: int
+    rows: int
+    last_call: int | None
+
+
+class Snapshot:
+    """The calls of a trace, or of one of its epochs, that were committed when it was made."""
+
+    def __init__(
+        self,
+        trace_dir: Path,
+        n_epoch: int | None = None,
+        accept: Callable[[Call], bool] = lambda call: True,
+    ) -> None:
+        """List and decode every header once.
+
+        Args:
+            trace_dir: Directory of the (model, version).
+            n_epoch: The epoch; -1: rows without one; None: all.
+            accept: Called for every call, in no particular order; calls it refuses are left out.
+
+        Raises:
+            VanishedError: An epoch was dropped meanwhile; use `retry_vanished`.
+            CorruptDataError: A header cannot be decoded.
+        """
+        self.gaps: list[Gap] = []
+        self.ranks: list[RankSummary] = []
+        self._segments: dict[tuple[int, int, int, int], SegmentRef] = {}
+        self._torn: set[tuple[int, int, int, int]] = set()
+        self._groups: dict[tuple[int, int], list[_Stream]] = {}
+        self._accept = accept
+        for rank, rank_dir in layout.rank_directories(trace_dir):
+            self._add_rank(rank, rank_dir, n_epoch)
+
+    def calls(self) -> Iterator[Call]:
+        """Every call in row order.
+
+        Holds no segment open while the consumer works. Raises VanishedError when the next call's epoch was dropped.
+        """
+        for group in sorted(self._groups):
+            chains = [_chained(chain) for chain in _chains(self._groups[group])]
+            if len(chains) == 1:
+                yield from chains[0]
+            else:
+                yield from heapq.merge(*chains, key=lambda call: (call.call, call.rank))
+
+    def segment(self, call: Call, sequence: int) -> SegmentRef:
+        """The segment that holds a piece of a call."""
+        return self._segments[call.rank, call.epoch, call.attempt, sequence]
+
+    def check_exists(self, call: Call) -> None:
+        """Raise VanishedError if the call has been dropped."""
+        self.segment(call, call.sequence).check_exists()
+
+    def _add_rank(self, rank: int, rank_dir: Path, n_epoch: int | None) -> None:
+        rows, last = 0, (-1, -1)
+        for partition in layout.partitions(rank_dir):
+            if n_epoch is not None and partition.epoch != n_epoch:
+                continue
+            usable, torn = _partition_segments(rank, partition)
+            self._segments.update({(ref.rank, ref.epoch, ref.attempt, ref.sequence): ref for ref in usable})
+            self._torn.update((rank, partition.epoch, entry.attempt, entry.sequence) for entry in torn)
+            claimed = 0
+            for attempt in sorted({ref.attempt for ref in usable}):
+                found, last_call, referred = self._add_attempt([ref for ref in usable if ref.attempt == attempt])
+                rows += found
+                last = max(last, (attempt, last_call))
+                claimed += referred
+            # Memory is allocated by what headers say; so they may not say more than there is.
+            if claimed > (held := sum(ref.data_bytes() for ref in usable)):
+                raise CorruptDataError(
+                    f"the headers in {partition.path} name {claimed} bytes, its segments hold {held}",
+                    "restore the partition from a copy, or drop the epoch",
+                )
+        self.ranks.append(RankSummary(rank, rows, last[1] if last[1] >= 0 else None))
+
+    def _add_attempt(self, refs: Sequence[SegmentRef]) -> tuple[int, int, int]:
+        """Take in the calls of one partition and attempt; returns (rows, highest call number, bytes referred to)."""
+        rows, last_call, claimed = 0, -1, 0
+        gaps: dict[int, Gap] = {}
+        later = np.empty(0, np.uint64)
+        # A call found in two segments counts once. Newest first: a repeated commit is the one known to have succeeded.
+        for ref in reversed(refs):
+            stream = _Stream(ref)
+            decoder = _decoder(ref)
+            for key, value in _headers(ref):
+                header = decoder.decode(key, value)
+                if isinstance(header, Gap):
+                    gaps[header.first_call] = header
+                    continue
+                if _contains(later, key) or not self._is_readable(ref, header):
+                    continue
+                claimed += sum(piece.length_bytes for _, piece in header.chunks if piece.segment != INLINE)
+                if self._accept(header):
+                    stream.keys.append(key)
+                    rows += header.rows
+                    last_call = max(last_call, key)
+            if stream.keys:
+                self._groups.setdefault((ref.epoch, ref.attempt), []).append(stream)
+                if ref is not refs[0]:
+                    later = np.union1d(later, np.frombuffer(stream.keys, np.uint64))
+        self.gaps.extend(gaps[first_call] for first_call in sorted(gaps))
+        return rows, last_call, claimed
+
+    def _is_readable(self, ref: SegmentRef, call: Call) -> bool:
+        for _, piece in call.chunks:
+            if piece.segment in (INLINE, call.sequence):
+                continue
+            identity = (ref.rank, ref.epoch, ref.attempt, piece.segment)
+            if identity in self._torn:
+                return False
+            if identity not in self._segments:
+                ref.check_exists()
+                raise CorruptDataError(
+                    f"call {call.call} in {ref.path} has bytes in segment {piece.segment}, which is not there",
+                    "restore the segment from a copy, or drop the epoch",
+                )
+        return True
+
+
+def _chains(streams: list[_Stream]) -> list[list[_Stream]]:
+    """Streams of one rank that follow one another need no merging; few chains keep the read-ahead small."""
+    chains: list[list[_Stream]] = []
+    for stream in sorted(streams, key=lambda stream: (stream.ref.rank, stream.keys[0])):
+        tail = chains[-1][-1] if chains else None
+        if tail is not None and tail.ref.rank == stream.ref.rank and tail.keys[-1] < stream.keys[0]:
+            chains[-1].append(stream)
+        else:
+            chains.append([stream])
+    return chains
+
+
+def _chained(chain: list[_Stream]) -> Iterator[Call]:
+    for stream in chain:
+        yield from stream.calls()
+
+
+def _contains(sorted_keys: np.ndarray[tuple[int], np.dtype[np.uint64]], key: int) -> bool:
+    if not sorted_keys.size or key < sorted_keys[0]:
+        return False
+    position = int(np.searchsorted(sorted_keys, np.uint64(key)))
+    return position < sorted_keys.size and int(sorted_keys[position]) == key
+
+
+def _partition_segments(
+    rank: int, partition: layout.Partition
+) -> tuple[list[SegmentRef], list[layout.SegmentEntry]]:
+    usable, torn = [], []
+    for entry in layout.segments(partition.path):
+        if not entry.usable:
+            torn.append(entry)
+            warnings.warn(
+                f"{entry.path} was being written when the machine lost power and is left out; "
+                "`ml-debugger recover` saves what it holds",
+                stacklevel=2,
+            )
+            continue
+        try:
+            inode = os.stat(entry.path).st_ino
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise VanishedError(f"{entry.path} was dropped while it was listed", "start reading again") from error
+        usable.append(
+            SegmentRef(rank, partition.epoch, entry.attempt, entry.sequence, entry.path, entry.sealed, inode)
+        )
+    return usable, torn
+
+
+def _decoder(ref: SegmentRef) -> HeaderDecoder:
+    return HeaderDecoder(ref.rank, ref.epoch, ref.attempt, ref.sequence)
+
+
+def _headers(ref: SegmentRef) -> Iterator[tuple[int, bytes]]:
+    """Every header of a segment in key order; a segment is open only while a step's headers are fetched."""
+    after: int | None = None
+    while True:
+        with ref.opened() as segment:
+            headers = segment.headers(after, _HEADERS_A_STEP)
+        if not headers:
+            return
+        yield from headers
+        after = headers[-1][0]

@@ -1,0 +1,285 @@
+"""Decoding of call headers (`docs/record_format.md`), which may come from an untrusted store.
+
+Every number that is later used as a size, an offset or a key is checked here, so that the rest of the package can rely on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgpack
+
+from ml_debugger.errors import CorruptDataError
+from ml_debugger.trace.dtypes import FIELD_DTYPES, recorded_dtype
+
+TABLES = ("extracted_feature", "ground_truth")
+FEATURES, GROUND_TRUTH = TABLES
+INLINE = -1
+
+_MAX_INT64 = (1 << 63) - 1
+_MAX_NDIM = 31
+_MAX_ELEMENTS = 1 << 48
+_MAX_CACHED_DESCRIPTIONS = 256
+_MAX_CACHED_BYTES = 1 << 16
+_COLUMN_TYPES = ("tensor", "int", "float", "bool", "str", "bytes")
+
+
+class Piece(NamedTuple):
+    """Where some bytes of a capture lie: under ``key`` of a segment's chunks, or (segment -1) inline at offset ``key``."""
+
+    segment: int
+    key: int
+    length_bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnDescription:
+    """One column of one call.
+
+    Attributes:
+        table: ``extracted_feature`` or ``ground_truth``.
+        name: Name of the column.
+        type: ``tensor``, ``int``, ``float``, ``bool``, ``str`` or ``bytes``.
+        dtype: Torch name; empty for ``str`` and ``bytes``.
+        row_shape: Shape of one sample; None for ``str``, ``bytes`` and where samples differ.
+        capture: Number of the capture that holds the values.
+        shapes_capture: Number of the capture that holds the samples' shapes, where they differ.
+        broadcast: Whether the one stored sample stands for all of the call.
+    """
+
+    table: str
+    name: str
+    type: str
+    dtype: str
+    row_shape: tuple[int, ...] | None
+    capture: int
+    shapes_capture: int | None
+    broadcast: bool
+
+    @property
+    def recorded(self) -> str:
+        """Name of the type in a manifest: a torch dtype, or the type of a field."""
+        return self.dtype if self.type == "tensor" else self.type
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the capture is a msgpack array with one text or binary value a sample."""
+        return not self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class CallDescription:
+    """What the calls of one kind have in common; shared by all calls whose header says the same."""
+
+    dataset_type: str
+    columns: tuple[ColumnDescription, ...]
+    samples: int
+
+    def column(self, table: str, name: str) -> ColumnDescription | None:
+        """The description of a column, or None where these calls lack it."""
+        if name == "input_id":
+            table = FEATURES
+        for column in self.columns:
+            if column.name == name and column.table == table:
+                return column
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One recorded call."""
+
+    rank: int
+    attempt: int
+    call: int
+    epoch: int
+    rows: int
+    ground_truth_rows: int
+    first_row: int
+    sequence: int
+    chunks: tuple[tuple[int, Piece], ...]
+    inline: bytes
+    description: CallDescription
+
+    def pieces(self, capture: int) -> list[Piece]:
+        """The pieces of a capture, in order."""
+        return [piece for number, piece in self.chunks if number == capture]
+
+
+class Gap(NamedTuple):
+    """Rows that were handed over and are not in the store."""
+
+    first_call: int
+    rows: int
+    cause: str
+
+
+class HeaderDecoder:
+    """Decodes the headers of one segment; descriptions that repeat are decoded once and shared."""
+
+    def __init__(self, rank: int, epoch: int, attempt: int, sequence: int) -> None:
+        """The arguments say whose headers are expected here."""
+        self._identity = (rank, epoch, attempt)
+        self._sequence = sequence
+        self._descriptions: dict[bytes, CallDescription] = {}
+
+    def decode(self, key: int, value: bytes) -> Call | Gap:
+        """Decode one header.
+
+        Raises:
+            CorruptDataError: Not a header of this segment.
+        """
+        try:
+            return self._decode(key, value)
+        except CorruptDataError:
+            raise
+        # KeyError, TypeError, AttributeError: another structure; UnpackException and ValueError: no msgpack.
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException) as error:
+            raise CorruptDataError(
+                f"the header of call {key} cannot be decoded ({type(error).__name__}: {error})",
+                "restore the segment from a copy, or drop its epoch",
+            ) from error
+
+    def _decode(self, key: int, value: bytes) -> Call | Gap:
+        unpacker = msgpack.Unpacker(max_buffer_size=max(len(value), 1))
+        unpacker.feed(value)
+        if unpacker.read_array_header() != 5:
+            raise ValueError("expected an array of 5")
+        kind = unpacker.unpack()
+        core = unpacker.unpack()
+        if kind == 1:
+            return Gap(_natural(core["first_call"]), _natural(core["rows"]), _text(core["cause"]))
+        if kind != 0:
+            raise ValueError(f"kind {kind!r} is unknown")
+        start = unpacker.tell()
+        unpacker.skip()
+        encoded = value[start : unpacker.tell()]
+        inline = unpacker.unpack()
+        if not isinstance(inline, bytes):
+            raise ValueError("inline is not binary")
+        return self._call(key, core, inline, encoded)
+
+    def _call(self, key: int, core: dict[str, Any], inline: bytes, encoded: bytes) -> Call:
+        rank, epoch, attempt = self._identity
+        recorded_epoch = -1 if core["epoch"] is None else _natural(core["epoch"])
+        if (core["rank"], recorded_epoch, core["attempt"], core["call"]) != (rank, epoch, attempt, key):
+            raise ValueError("it belongs to another segment or key")
+        rows = _natural(core["rows"])
+        ground_truth_rows = _natural(core["ground_truth_rows"])
+        first_row = _natural(core["first_row"])
+        if ground_truth_rows not in (0, rows) or first_row + rows > _MAX_INT64:
+            raise ValueError("its numbers of rows contradict each other")
+        chunks = tuple(self._piece(entry, len(inline)) for entry in core["chunks"])
+        call = Call(
+            rank, attempt, key, epoch, rows, ground_truth_rows, first_row, self._sequence, chunks, inline,
+            self._description(encoded, rows),
+        )  # fmt: skip
+        _check_sizes(call)
+        return call
+
+    @staticmethod
+    def _piece(entry: list[Any], inline_bytes: int) -> tuple[int, Piece]:
+        capture, segment, key, length, crc = entry
+        _natural(capture)
+        _natural(key)
+        _natural(length)
+        _natural(crc)
+        if segment == INLINE:
+            if key + length > inline_bytes:
+                raise ValueError("a piece lies outside its inline bytes")
+        else:
+            _natural(segment)
+        return capture, Piece(segment, key, length, crc)
+
+    def _description(self, encoded: bytes, rows: int) -> CallDescription:
+        cached = self._descriptions.get(encoded)
+        if cached is None:
+            cached = _decode_description(msgpack.unpackb(encoded), rows)
+            # A store with ever new descriptions must not grow the cache without bound.
+            if len(self._descriptions) >= _MAX_CACHED_DESCRIPTIONS:
+                self._descriptions.clear()
+            if len(encoded) <= _MAX_CACHED_BYTES:
+                self._descriptions[encoded] = cached
+        if cached.samples not in (rows, -1):
+            raise ValueError(f"it has {rows} rows, but columns of {cached.samples} samples")
+        return cached
+
+
+def _decode_description(document: dict[str, Any], rows: int) -> CallDescription:
+    columns = tuple(_decode_column(entry) for entry in document["columns"])
+    names = {(column.table, column.name) for column in columns}
+    if len(names) != len(columns):
+        raise ValueError("a column is described twice")
+    if (FEATURES, "input_id") not in names:
+        raise ValueError("it describes no input_id")
+    samples = {
+        _natural(entry["shape"][0])
+        for entry, column in zip(document["columns"], columns, strict=True)
+        if column.row_shape is not None and not column.broadcast
+    }
+    if len(samples) > 1:
+        raise ValueError("its columns differ in their number of samples")
+    return CallDescription(_text(document["dataset_type"]), columns, samples.pop() if samples else -1)
+
+
+def _decode_column(entry: dict[str, Any]) -> ColumnDescription:
+    table, name, kind = entry["table"], _text(entry["name"]), entry["type"]
+    if table not in TABLES or kind not in _COLUMN_TYPES:
+        raise ValueError(f"column {name!r} has table {table!r} and type {kind!r}")
+    if kind in ("str", "bytes"):
+        return ColumnDescription(
+            table, name, kind, "", None, _natural(entry["capture"]), None, bool(entry.get("broadcast"))
+        )
+    dtype = recorded_dtype(entry["dtype"]).name
+    if FIELD_DTYPES.get(kind, dtype) != dtype:
+        raise ValueError(f"column {name!r} has type {kind!r} and dtype {dtype!r}")
+    row_shape, shapes_capture = None, None
+    if entry["shape"] is None:
+        shapes_capture = _natural(entry["shapes"])
+    else:
+        row_shape = tuple(_natural(size) for size in entry["shape"])[1:]
+        # The product without zeros: numpy refuses shapes whose nonzero sizes overflow, even of empty arrays.
+        if not entry["shape"] or len(row_shape) > _MAX_NDIM or math.prod(filter(None, row_shape)) > _MAX_ELEMENTS:
+            raise ValueError(f"column {name!r} has the shape {entry['shape']}")
+    return ColumnDescription(
+        table, name, kind, dtype, row_shape, _natural(entry["capture"]), shapes_capture, bool(entry.get("broadcast"))
+    )
+
+
+def _check_sizes(call: Call) -> None:
+    """Refuse a header whose shapes do not agree with its bytes: shapes are what memory is allocated by."""
+    captured: dict[int, int] = {}
+    for number, piece in call.chunks:
+        captured[number] = captured.get(number, 0) + piece.length_bytes
+    for column in call.description.columns:
+        length = captured.get(column.capture, 0)
+        samples = 1 if column.broadcast else call.rows
+        if column.row_shape is not None:
+            expected = samples * math.prod(column.row_shape) * recorded_dtype(column.dtype).raw.itemsize
+            if length != expected:
+                raise ValueError(f"column {column.name!r} has {length} bytes where its shape needs {expected}")
+        elif column.is_list and length < samples:
+            # One byte a value is the least that msgpack takes; so rows are bounded by bytes that are there.
+            raise ValueError(f"column {column.name!r} has {length} bytes for {samples} values")
+        elif column.shapes_capture is not None:
+            _check_shapes_bytes(column, captured.get(column.shapes_capture, 0), samples)
+
+
+def _check_shapes_bytes(column: ColumnDescription, length: int, samples: int) -> None:
+    if length % (8 * samples) if samples else length:
+        raise ValueError(f"the shapes of column {column.name!r} have {length} bytes for {samples} samples")
+
+
+def _natural(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= (1 << 64) - 1:
+        raise ValueError(f"{value!r} is not a natural number")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value

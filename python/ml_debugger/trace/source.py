@@ -1,0 +1,98 @@
+"""Where rows come from: what `Trace` needs from a store on disk and from an exported ZIP alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ml_debugger.errors import InvalidInputError
+from ml_debugger.trace.columns import ColumnValues
+from ml_debugger.trace.dtypes import Array
+from ml_debugger.trace.schema import ColumnSchema
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Consecutive rows of a selection.
+
+    Attributes:
+        rows: How many.
+        values: What was read, by column.
+        check_exists: Raises NotFoundError if the rows have been dropped since.
+    """
+
+    rows: int
+    values: dict[str, ColumnValues]
+    check_exists: Callable[[], None]
+
+
+class Selection(Protocol):
+    """Some rows of one table, in row order, as they were when the selection was made."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+
+    def schemas(self, columns: Sequence[str] | None, *, extents: bool) -> list[ColumnSchema]:
+        """Schemas of some columns (None: all); ``extents`` also looks how wide texts are, which reads them.
+
+        Raises:
+            InvalidInputError: An unknown column.
+        """
+
+    def blocks(
+        self,
+        schemas: Sequence[ColumnSchema],
+        *,
+        raw: bool,
+        out: dict[str, Array] | None = None,
+        max_rows: int | None = None,
+    ) -> Iterator[RowBlock]:
+        """Read all rows, block by block.
+
+        Args:
+            schemas: The columns to read.
+            raw: Stored elements instead of widened ones, where a column has one dtype.
+            out: Arrays by column that take the rows of dense columns, each for all rows of the selection.
+            max_rows: End a block when it has so many rows (or a whole call more); None: by size alone.
+        """
+
+
+class Source(Protocol):
+    """A trace on disk or in an export."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def version_name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def epochs(self) -> list[int]:
+        """Epochs that hold rows, -1 for the rows without one."""
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts."""
+
+    def columns(self, table: str) -> list[str]:
+        """Names of the columns of a table."""
+
+    def select(self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool) -> Selection:
+        """Rows of a table."""
+
+
+def pick_schemas(known: dict[str, ColumnSchema], columns: Sequence[str] | None, table: str) -> list[ColumnSchema]:
+    """Schemas by name, in the order asked for.
+
+    Raises:
+        InvalidInputError: An unknown column.
+    """
+    if columns is None:
+        return list(known.values())
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        raise InvalidInputError(
+            f"table {table!r} has no column {unknown[0]!r}; it has {', '.join(map(repr, known))}",
+            "name some of these in columns",
+        )
+    return [known[name] for name in dict.fromkeys(columns)]

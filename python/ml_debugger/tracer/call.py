@@ -1,0 +1,117 @@
+"""One call of a tracer: what it was given, checked, and what it has captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ml_debugger.errors import InvalidInputError
+from ml_debugger.tracer.description import CapturedColumn
+from ml_debugger.tracer.fields import Field, FieldValue
+from ml_debugger.tracer.inputs import Labels
+from ml_debugger.tracer.outputs import CallState, select_rows
+
+
+class ThreadState(CallState):
+    """The calling thread's current call and what its last one captured."""
+
+    call: TracedCall | None = None
+    captured: dict[str, CapturedColumn] | None = None
+
+
+class TracedCall:
+    """A call in progress.
+
+    Attributes:
+        input_ids: As given.
+        ids: As text, all of them.
+        batch_size: How many.
+        rows: Positions of the sampled ones; None keeps all.
+        dataset_type: As given, checked.
+        epoch: The core's epoch, -1 for None.
+        values: Additional fields, ready to be copied; None when they were not checked before the forward.
+        labels: Ground truth, likewise.
+        description: Set when everything is captured; a call without one is forgotten.
+        stored_rows: Rows of the call.
+        ground_truth_rows: Rows that have a label: 0 or ``stored_rows``.
+    """
+
+    __slots__ = (
+        "batch_size",
+        "dataset_type",
+        "description",
+        "epoch",
+        "ground_truth",
+        "ground_truth_rows",
+        "ids",
+        "input_ids",
+        "keywords",
+        "labels",
+        "rows",
+        "stored_rows",
+        "values",
+    )
+
+    def __init__(
+        self, input_ids: Any, ids: list[str], rows: list[int] | None, dataset_type: str, epoch: int
+    ) -> None:
+        self.input_ids = input_ids
+        self.ids = ids
+        self.rows = rows
+        self.batch_size = len(ids)
+        self.dataset_type = dataset_type
+        self.epoch = epoch
+        self.values: list[FieldValue] | None = None
+        self.labels: Labels | None = None
+        self.ground_truth: Any = None
+        self.keywords: dict[str, Any] = {}
+        self.description: bytes | None = None
+        self.stored_rows = len(ids) if rows is None else len(rows)
+        self.ground_truth_rows = 0
+
+
+def parse_values(fields: list[Field], keywords: dict[str, Any], call: TracedCall) -> list[FieldValue]:
+    """Values of additional fields in a call, in the order of the fields.
+
+    Raises:
+        InvalidInputError: A field without default is missing; or as `Field.parse`.
+        InvalidTypeError: As `Field.parse`.
+    """
+    values = []
+    for field in fields:
+        if field.name in keywords:
+            values.append(field.parse(keywords[field.name], call.batch_size, call.rows))
+        elif field.default is not None:
+            values.append(field.default)
+        else:
+            raise InvalidInputError(
+                f"the call lacks the additional field {field.name!r} of type {field.type!r}",
+                f'pass {field.name}=... with the call, or give the field a "default"',
+            )
+    return values
+
+
+def check_keywords(known: frozenset[str], keywords: dict[str, Any]) -> None:
+    """Refuse keywords that no field takes.
+
+    Raises:
+        InvalidInputError: Names them and the fields that there are.
+    """
+    unknown = [name for name in keywords if name not in known]
+    if unknown:
+        raise InvalidInputError(
+            f"unknown keyword {', '.join(map(repr, unknown))} in the call; additional fields are "
+            f"{', '.join(map(repr, sorted(known))) or 'none'}",
+            "declare it in additional_fields or additional_label_fields",
+        )
+
+
+def select_labels(labels: Labels, rows: list[int] | None) -> Labels:
+    """The labels of the sampled rows."""
+    if rows is None:
+        return labels
+    values = (
+        select_rows(labels.values, rows) if isinstance(labels.values, torch.Tensor) else labels.values[rows]
+    )
+    return Labels(values, labels.dtype, tuple(values.shape))

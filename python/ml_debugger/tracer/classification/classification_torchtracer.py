@@ -1,0 +1,31 @@
+"""`ClassificationTorchTracer`: what the output of a classifier means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ml_debugger.errors import InvalidInputError
+from ml_debugger.tracer.outputs import find_logits, iterate_tensors, plain_tensor
+from ml_debugger.tracer.torch_tracer import TorchTracer
+
+__all__ = ["ClassificationTorchTracer"]
+
+
+class ClassificationTorchTracer(TorchTracer):
+    """Records ``logits`` beside the layers: the model's output itself, or its ``logits``. Arguments as `TorchTracer`."""
+
+    def _parse_output(self, model_output: Any, batch_size: int) -> torch.Tensor:
+        logits = find_logits(model_output, batch_size, self._logits_dim)
+        if logits is None:
+            shapes = ", ".join(
+                str(tuple(tensor.shape)) for tensor in iterate_tensors(model_output) if not tensor.is_nested
+            )
+            raise InvalidInputError(
+                f"the model returned {shapes or f'no tensor ({type(model_output).__name__})'}, expected {batch_size} samples "
+                f"(one for each input id) along dimension {self._logits_dim}",
+                "give one id a sample, or hand a changed model_output on from _parse_and_save_io_data",
+            )
+        logits = plain_tensor(logits, "the model's output")
+        return logits.movedim(self._logits_dim, 0).contiguous() if self._logits_dim else logits

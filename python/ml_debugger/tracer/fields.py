@@ -1,0 +1,385 @@
+"""Additional columns: their specifications and the values that calls bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Union
+
+import msgpack
+import numpy as np
+import torch
+
+from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.tracer.names import check_column_name
+from ml_debugger.tracer.outputs import dtype_name, plain_tensor, select_rows
+
+FIELD_TYPES = ("int", "float", "bool", "str", "bytes", "tensor")
+
+_KEYS = ("name", "type", "default", "dtype", "shape")
+_MIN_INT64, _MAX_INT64 = -(1 << 63), (1 << 63) - 1
+_NUMPY_KINDS = {"int": "iu", "float": "fiu", "bool": "b", "str": "U", "bytes": ""}
+_SPEC_HINT = 'describe a field as {"name": "camera", "type": "str"}'
+
+Payload = Union[bytes, "np.ndarray[Any, Any]", torch.Tensor]
+
+
+class FieldValue(NamedTuple):
+    """Values of one field in one call, in the form in which they are copied.
+
+    Attributes:
+        payload: Tensor, C-contiguous array, or packed text or bytes.
+        dtype: Name of the dtype; None for text and bytes.
+        shape: Shape, samples first (1 when broadcast); None for text, bytes and samples that differ in shape.
+        broadcast: One value stands for all samples.
+        shapes: int64 (samples, ndim) when the samples differ in shape.
+    """
+
+    payload: Payload
+    dtype: str | None
+    shape: tuple[int, ...] | None
+    broadcast: bool
+    shapes: np.ndarray[Any, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Field:
+    """One additional column.
+
+    Attributes:
+        name: Column and keyword.
+        type: One of `FIELD_TYPES`.
+        dtype: Fixed dtype of a tensor field, or None.
+        shape: Fixed shape of one sample of a tensor field, or None.
+        default: What stands for a missing value, ready to be copied, or None: then a missing value is an error.
+        specification: As recorded in `version.json`, without the default.
+    """
+
+    name: str
+    type: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...] | None
+    default: FieldValue | None
+
+    @property
+    def specification(self) -> dict[str, Any]:
+        recorded: dict[str, Any] = {"name": self.name, "type": self.type}
+        if self.dtype is not None:
+            recorded["dtype"] = dtype_name(self.dtype)
+        if self.shape is not None:
+            recorded["shape"] = list(self.shape)
+        return recorded
+
+    def parse(self, value: Any, batch_size: int, rows: list[int] | None) -> FieldValue:
+        """Check what a call brings for this field.
+
+        Args:
+            value: One value for the batch, or one a sample.
+            batch_size: Samples in the call.
+            rows: Samples to keep; None keeps all.
+
+        Raises:
+            InvalidTypeError: A value is not of this field's type; nothing is converted.
+            InvalidInputError: Wrong length or shape, or out of range.
+        """
+        if self.type == "tensor":
+            return self._parse_tensor(value, batch_size, rows)
+        values = self._per_sample(value)
+        if values is None:
+            return self._scalar_value(self._scalars([value]), broadcast=True)
+        if len(values) != batch_size:
+            raise InvalidInputError(
+                f"field {self.name!r} has {len(values)} values, expected one for the batch or {batch_size}",
+                "pass one value a sample",
+            )
+        scalars = self._scalars(values)
+        return self._scalar_value(
+            scalars if rows is None else [scalars[row] for row in rows], broadcast=False
+        )
+
+    # Scalars
+
+    def _per_sample(self, value: Any) -> Sequence[Any] | None:
+        """The values of the samples, or None if ``value`` is one for the batch."""
+        if isinstance(value, (list, tuple)):
+            return value
+        if isinstance(value, torch.Tensor):
+            kind = "b" if value.dtype == torch.bool else "f" if value.is_floating_point() else "i"
+            if value.is_complex() or value.is_quantized:
+                kind = "c"
+            array_like: Any = value.detach()
+        elif isinstance(value, np.ndarray):
+            kind, array_like = value.dtype.kind, value
+        else:
+            return None
+        if kind == "O":
+            return list(array_like)
+        if kind not in _NUMPY_KINDS[self.type]:
+            raise self._wrong_type(value, f"{type(value).__name__} of {value.dtype}")
+        if array_like.ndim > 1:
+            raise InvalidInputError(
+                f"field {self.name!r} has values of shape {tuple(array_like.shape)}, expected one for each sample",
+                "pass one dimension, or declare the field as a tensor",
+            )
+        if array_like.ndim == 0:
+            return None
+        listed: list[Any] = array_like.tolist()
+        return listed
+
+    def _scalars(self, values: Sequence[Any]) -> list[Any]:
+        check = _SCALAR_CHECKS[self.type]
+        checked = []
+        for value in values:
+            if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
+                value = value.item()
+            scalar = check(value)
+            if scalar is None:
+                raise self._wrong_type(value, f"{type(value).__name__} {value!r}"[:200])
+            checked.append(scalar)
+        self._check_range(checked)
+        return checked
+
+    def _check_range(self, values: list[Any]) -> None:
+        if self.type == "int" and values and not _MIN_INT64 <= min(values) <= max(values) <= _MAX_INT64:
+            raise InvalidInputError(f"field {self.name!r} holds an int wider than 64 bits", "use a str field")
+        if self.type == "str":
+            try:
+                "".join(values).encode("utf-8")
+            except UnicodeEncodeError:
+                raise InvalidInputError(
+                    f"field {self.name!r} holds a lone surrogate", "pass proper text"
+                ) from None
+
+    def _scalar_value(self, scalars: list[Any], *, broadcast: bool) -> FieldValue:
+        if self.type in ("str", "bytes"):
+            return FieldValue(msgpack.packb(scalars), None, None, broadcast)
+        name = {"int": "int64", "float": "float64", "bool": "bool"}[self.type]
+        try:
+            array = np.array(scalars, dtype=name)
+        except OverflowError:
+            raise InvalidInputError(
+                f"field {self.name!r} holds an int too large for a float", "use a str field"
+            ) from None
+        return FieldValue(array, name, array.shape, broadcast)
+
+    def _wrong_type(self, value: Any, found: str) -> InvalidTypeError:
+        return InvalidTypeError(
+            f"field {self.name!r} has the type {self.type!r}, got {found}",
+            f"convert the value to {self.type}",
+        )
+
+    # Tensors
+
+    def _parse_tensor(self, value: Any, batch_size: int, rows: list[int] | None) -> FieldValue:
+        if isinstance(value, (list, tuple)):
+            return self._parse_samples(value, batch_size, rows)
+        tensor = self._as_tensor(value)
+        shape = tuple(tensor.shape)
+        if self.shape is not None and shape == self.shape:
+            return FieldValue(tensor.unsqueeze(0), dtype_name(tensor.dtype), (1, *shape), True)
+        if not shape or shape[0] != batch_size or (self.shape is not None and shape[1:] != self.shape):
+            wanted = (
+                f"({batch_size}, ...)"
+                if self.shape is None
+                else f"{(batch_size, *self.shape)} or {self.shape}"
+            )
+            raise InvalidInputError(
+                f"field {self.name!r} has a tensor of shape {shape}, expected {wanted}",
+                "put the samples in front",
+            )
+        tensor = select_rows(tensor, rows)
+        return FieldValue(tensor, dtype_name(tensor.dtype), tuple(tensor.shape), False)
+
+    def _parse_samples(self, values: Sequence[Any], batch_size: int, rows: list[int] | None) -> FieldValue:
+        samples = [self._as_tensor(value) for value in values]
+        if len(samples) != batch_size:
+            raise InvalidInputError(
+                f"field {self.name!r} has {len(samples)} tensors, expected {batch_size}",
+                "pass one tensor a sample",
+            )
+        for sample in samples:
+            if self.shape is not None and tuple(sample.shape) != self.shape:
+                raise InvalidInputError(
+                    f"field {self.name!r} has a sample of shape {tuple(sample.shape)}, expected {self.shape}",
+                    "pass the fixed shape",
+                )
+        if rows is not None:
+            samples = [samples[row] for row in rows]
+        dtypes = {sample.dtype for sample in samples}
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(map(dtype_name, dtypes)))
+            raise InvalidInputError(
+                f"field {self.name!r} mixes the dtypes {names} in one call", "use one dtype"
+            )
+        device = samples[0].device
+        samples = [sample.to(device) for sample in samples]
+        return _joined(samples)
+
+    def _as_tensor(self, value: Any) -> torch.Tensor:
+        if isinstance(value, np.ndarray):
+            if value.dtype.kind not in "biufc":
+                raise self._wrong_type(value, f"an array of {value.dtype}")
+            native = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("=")).reshape(value.shape)
+            value = torch.from_numpy(native if native.flags.writeable else native.copy())
+        if not isinstance(value, torch.Tensor):
+            raise self._wrong_type(value, type(value).__name__)
+        if self.dtype is not None and value.dtype != self.dtype:
+            raise InvalidTypeError(
+                f"field {self.name!r} has the dtype {dtype_name(self.dtype)}, got {dtype_name(value.dtype)}",
+                f"convert the tensor to {dtype_name(self.dtype)}",
+            )
+        return plain_tensor(value, f"field {self.name!r}")
+
+
+def _joined(samples: list[torch.Tensor]) -> FieldValue:
+    """One stacked tensor where the samples agree in shape, else their elements in a row with a table of shapes."""
+    shapes = {tuple(sample.shape) for sample in samples}
+    name = dtype_name(samples[0].dtype)
+    if len(shapes) == 1:
+        stacked = _concatenate([sample.unsqueeze(0) for sample in samples])
+        return FieldValue(stacked, name, tuple(stacked.shape), False)
+    ndim = max(map(len, shapes))
+    table = np.full((len(samples), ndim), -1, dtype=np.int64)
+    for row, sample in enumerate(samples):
+        if sample.ndim:
+            table[row, ndim - sample.ndim :] = sample.shape
+    return FieldValue(_concatenate([sample.reshape(-1) for sample in samples]), name, None, False, table)
+
+
+def _concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
+    dtype = parts[0].dtype
+    if dtype.itemsize == 1:  # float8 has no concatenation kernel everywhere
+        return torch.cat([part.view(torch.uint8) for part in parts]).view(dtype)
+    return torch.cat(parts)
+
+
+def _int(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
+
+
+def _float(value: Any) -> float | int | None:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return None
+    return value  # type: ignore[return-value]
+
+
+def _bool(value: Any) -> bool | None:
+    return bool(value) if isinstance(value, (bool, np.bool_)) else None
+
+
+def _str(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _bytes(value: Any) -> bytes | None:
+    return bytes(value) if isinstance(value, (bytes, bytearray)) else None
+
+
+_SCALAR_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "int": _int,
+    "float": _float,
+    "bool": _bool,
+    "str": _str,
+    "bytes": _bytes,
+}
+
+
+def parse_fields(specifications: Any, parameter: str) -> list[Field]:
+    """Read ``additional_fields`` or ``additional_label_fields``.
+
+    Raises:
+        InvalidTypeError: Not a list of mappings, or an entry of the wrong type.
+        InvalidInputError: Unknown keys or types, or a name that a field may not have.
+    """
+    if specifications is None:
+        return []
+    if not isinstance(specifications, (list, tuple)):
+        raise InvalidTypeError(f"{parameter} must be a list, got {type(specifications).__name__}", _SPEC_HINT)
+    return [_parse_field(specification, parameter) for specification in specifications]
+
+
+def _parse_field(specification: Any, parameter: str) -> Field:
+    if not isinstance(specification, Mapping):
+        raise InvalidTypeError(f"{parameter} holds {specification!r}, expected a mapping", _SPEC_HINT)
+    unknown = [key for key in specification if key not in _KEYS]
+    if unknown:
+        raise InvalidInputError(
+            f"{parameter} has the unknown key {unknown[0]!r}, expected {_KEYS}", _SPEC_HINT
+        )
+    for key in ("name", "type"):
+        if key not in specification:
+            raise InvalidInputError(f"{parameter} lacks {key!r} in {dict(specification)!r}", _SPEC_HINT)
+    name = check_column_name(specification["name"], f"a name in {parameter}")
+    kind = specification["type"]
+    if not isinstance(kind, str):
+        raise InvalidTypeError(
+            f"the type of field {name!r} must be a str, got {kind!r}", f"use one of {FIELD_TYPES}"
+        )
+    if kind not in FIELD_TYPES:
+        raise InvalidInputError(f"field {name!r} has the unknown type {kind!r}", f"use one of {FIELD_TYPES}")
+    if kind != "tensor" and ("dtype" in specification or "shape" in specification):
+        raise InvalidInputError(
+            f"field {name!r} of type {kind!r} has a dtype or shape", "fix them for tensor fields only"
+        )
+    field = Field(name, kind, _parse_dtype(name, specification), _parse_shape(name, specification), None)
+    if "default" not in specification:
+        return field
+    return Field(name, kind, field.dtype, field.shape, _parse_default(field, specification["default"]))
+
+
+def _parse_dtype(name: str, specification: Mapping[str, Any]) -> torch.dtype | None:
+    given = specification.get("dtype")
+    if given is None or isinstance(given, torch.dtype):
+        return given
+    if not isinstance(given, str):
+        raise InvalidTypeError(
+            f"the dtype of field {name!r} must be text or a torch.dtype, got {given!r}", _SPEC_HINT
+        )
+    dtype = getattr(torch, given.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidInputError(
+            f"field {name!r} has the unknown dtype {given!r}", 'name a torch dtype such as "float32"'
+        )
+    return dtype
+
+
+def _parse_shape(name: str, specification: Mapping[str, Any]) -> tuple[int, ...] | None:
+    given = specification.get("shape")
+    if given is None:
+        return None
+    if not isinstance(given, (list, tuple)):
+        raise InvalidTypeError(
+            f"the shape of field {name!r} must be a list of ints, got {given!r}", _SPEC_HINT
+        )
+    shape = tuple(_int(size) for size in given)
+    if any(size is None for size in shape):
+        raise InvalidTypeError(
+            f"the shape of field {name!r} must hold ints, got {given!r}", "fix every dimension"
+        )
+    sizes = tuple(size for size in shape if size is not None)
+    if any(size < 0 for size in sizes):
+        raise InvalidInputError(
+            f"the shape of field {name!r} must not be negative, got {given!r}", "fix every dimension"
+        )
+    return sizes
+
+
+def _parse_default(field: Field, default: Any) -> FieldValue:
+    if field.type != "tensor":
+        if isinstance(default, (list, tuple, np.ndarray, torch.Tensor)):
+            raise InvalidTypeError(
+                f"the default of field {field.name!r} must be one value, got {default!r}", _SPEC_HINT
+            )
+        return field.parse(default, 1, None)
+    if isinstance(default, (list, tuple)):
+        raise InvalidTypeError(
+            f"the default of field {field.name!r} must be a tensor, got {default!r}", _SPEC_HINT
+        )
+    tensor = field._as_tensor(default)
+    if field.shape is not None and tuple(tensor.shape) != field.shape:
+        raise InvalidInputError(
+            f"the default of field {field.name!r} has shape {tuple(tensor.shape)}, expected {field.shape}",
+            "give the fixed shape",
+        )
+    copied = tensor.clone()
+    return FieldValue(copied.unsqueeze(0), dtype_name(copied.dtype), (1, *copied.shape), True)

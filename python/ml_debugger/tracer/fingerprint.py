@@ -1,0 +1,63 @@
+"""Digest of a model's architecture: tells whether a trace belongs to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ml_debugger.tracer.layers import WRAPPER_NAMES, strip_wrappers
+from ml_debugger.tracer.outputs import dtype_name
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return a SHA-256 hex digest of the model's structure.
+
+    It covers the class of every module and the global name, shape and dtype of every parameter and persistent buffer, all
+    without wrapper prefixes. Values, device, train/eval mode, ``requires_grad`` and wrappers do not change it.
+    """
+    digest = hashlib.sha256()
+    for line in sorted(set(_lines(model))):
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def _lines(model: torch.nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = strip_wrappers(path)
+        if not is_wrapper(module):
+            yield json.dumps(["module", name, class_name(module)])
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield _tensor_line("parameter", _join(name, key), parameter)
+        for key, buffer in module._buffers.items():
+            # The others are caches, which may grow during a run.
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield _tensor_line("buffer", _join(name, key), buffer)
+
+
+def _tensor_line(kind: str, name: str, tensor: torch.Tensor) -> str:
+    shape = None if isinstance(tensor, UninitializedTensorMixin) else list(tensor.shape)
+    return json.dumps([kind, name, dtype_name(tensor.dtype), shape])
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def is_wrapper(module: torch.nn.Module) -> bool:
+    """Whether ``module`` only wraps another one, as DDP, ``torch.compile`` and the like do."""
+    children = list(module._modules)
+    return len(children) == 1 and children[0] in WRAPPER_NAMES and not module._parameters
+
+
+def class_name(module: torch.nn.Module) -> str:
+    """Name of the module's own class: the one that ``fully_shard`` has mixed into, and the one that a lazy one becomes."""
+    cls = type(module)
+    if len(cls.__mro__) > 2 and cls.__mro__[1].__name__ == "FSDPModule":
+        cls = cls.__mro__[2]
+    lazy_target = getattr(cls, "cls_to_become", None)
+    return str((lazy_target or cls).__name__)

@@ -1,0 +1,72 @@
+"""Attaches the core's hooks to layers, and takes them away."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from ml_debugger import _core
+from ml_debugger.config import TracerConfig
+from ml_debugger.tracer.head import Head
+from ml_debugger.tracer.layers import Layer
+from ml_debugger.tracer.outputs import CallState, OutputPicker
+
+
+class HookSet:
+    """The hooks of one tracer. Refers to neither tracer nor model, so it may outlive both."""
+
+    def __init__(self, config: TracerConfig, state: CallState) -> None:
+        self._config = config
+        self._state = state
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, recorder: _core.Recorder, column: int, layer: Layer) -> None:
+        """Capture the output of a layer in every call.
+
+        Compiled models need an effectful operation in place of the plain hook, and checkpointed ones a look at the autograd
+        graph task; both belong here.
+        """
+        picker = self.picker(layer.alias, layer)
+        hook = _core.CaptureHook(recorder, column, picker, always_prepare=picker.always)
+        self._handles.append(layer.module.register_forward_hook(hook))
+
+    def attach_head(self, recorder: _core.Recorder, column: int, alias: str, head: Head) -> None:
+        """Capture the input of the head in every call, before the head can change it."""
+        hook = _core.CaptureHook(recorder, column, self.picker(alias), always_prepare=True)
+        self._handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=head.by_keyword))
+
+    def picker(self, alias: str, layer: Layer | None = None) -> OutputPicker:
+        """What turns the output of ``alias`` into the tensor to store."""
+        config = self._config
+        return OutputPicker(
+            alias,
+            self._state,
+            picks=() if layer is None else layer.picks,
+            batch_dim=(config.batch_dim or {}).get(alias, 0),
+            reduction=(config.reduce or {}).get(alias),
+            capture_dtype=config.capture_dtype,
+            sampled=config.sample_fraction < 1,
+        )
+
+    def remove(self) -> None:
+        """Take all hooks away. Idempotent."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def warn_about_fused_layers(model: torch.nn.Module, layers: list[Layer]) -> None:
+    """Tell that hooks switch off the fused path of ``TransformerEncoderLayer``, which changes rounding in eval mode."""
+    hooked = {id(layer.module) for layer in layers}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.TransformerEncoderLayer) and any(
+            id(inner) in hooked for inner in module.modules()
+        ):
+            warnings.warn(
+                f"watching {path or 'the model'!r} or a module inside makes this TransformerEncoderLayer leave its fused "
+                "path in eval mode: slower, and results differ within rounding",
+                UserWarning,
+                stacklevel=5,
+            )
+            return

@@ -1,0 +1,273 @@
+"""One attempt at recording a trace: version file, store and recorder, from opening to closing. Knows nothing of models."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from ml_debugger import _core
+from ml_debugger.config import TracerConfig
+from ml_debugger.errors import (
+    ArchitectureMismatchError,
+    InvalidInputError,
+    MlDebuggerError,
+    NotFoundError,
+    StorageError,
+    TraceInUseError,
+    TraceStallError,
+)
+from ml_debugger.store import layout
+from ml_debugger.tracer import lifecycle
+
+logger = logging.getLogger("ml_debugger")
+
+_opening = threading.Lock()
+
+
+class TraceSession:
+    """The recording side of one tracer.
+
+    Args:
+        config: How to record.
+        rank: Under which rank, >= 0.
+        info: What is to be recorded.
+        recreate: Start from empty tables, whatever was recorded before.
+
+    Raises:
+        ArchitectureMismatchError: The trace belongs to another architecture.
+        InvalidInputError: It has other aliases or fields.
+        TraceInUseError: Another process writes to it.
+        StorageError: The directory cannot be written.
+    """
+
+    def __init__(self, config: TracerConfig, rank: int, info: layout.VersionInfo, *, recreate: bool) -> None:
+        self.config = config
+        self.info = info
+        data_dir = Path(os.path.abspath(config.data_dir))
+        self.directory = layout.trace_directory(data_dir, info.model_name, info.version_name)
+        self.rank_directory = layout.rank_directory(self.directory, rank)
+        self._rank = rank
+        self._pid = os.getpid()
+        self._closed = False
+        self._close_lock = threading.Lock()
+        self._reported = (0, 0)
+        # Attempt numbers and version files of this process's tracers must not interleave.
+        with _opening:
+            self._open(recreate)
+        lifecycle.register(self)
+
+    def _open(self, recreate: bool) -> None:
+        if recreate:
+            self._check_companions()
+        else:
+            self._check_recorded()
+        layout.make_directory(self.rank_directory)
+        config = self.config
+        self._store = _core.Store(
+            str(self.rank_directory),
+            rank=self._rank,
+            durability=config.durability,
+            max_bytes=config.max_bytes,
+        )
+        try:
+            recorded = layout.write_version(self.directory, self.info, replace=recreate)
+            if recreate:
+                self._store.drop_all(timeout_s=config.stall_timeout_s)
+            else:
+                check_same_trace(recorded, self.info)
+            self.recorder = self._store.recorder(
+                layout.register_attempt(self.rank_directory),
+                overflow=config.overflow,
+                on_error=config.on_error,
+                ring_bytes=config.ring_bytes,
+                commit_bytes=config.commit_bytes,
+                commit_interval_s=config.commit_interval_s,
+                stall_timeout_s=config.stall_timeout_s,
+            )
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _check_recorded(self) -> None:
+        """Judge what is there before anything is made."""
+        try:
+            recorded = layout.read_version(self.directory)
+        except NotFoundError:
+            return
+        check_same_trace(recorded, self.info)
+
+    def _check_companions(self) -> None:
+        for other in lifecycle.open_sessions():
+            if isinstance(other, TraceSession) and other.directory == self.directory and not other._closed:
+                check_same_trace(other.info, self.info)
+
+    # State
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child's copy of its parent's session."""
+        return self._pid != os.getpid()
+
+    def counters(self) -> dict[str, Any]:
+        return self.recorder.counters()
+
+    def flush(self, timeout_s: float | None) -> None:
+        """Return when all rows handed over are committed; as `_core.Recorder.flush`, silent under ``on_error="warn"``."""
+        if self._closed or self.inherited:
+            return
+        try:
+            self.recorder.flush(timeout_s)
+        except StorageError:
+            if self.config.on_error == "raise":
+                raise
+
+    def report_losses(self) -> tuple[int, int]:
+        """(discarded, failed) rows since the last call of this."""
+        counters = self.counters()
+        now = int(counters["rows_discarded"]), int(counters["rows_failed"])
+        before, self._reported = self._reported, now
+        return now[0] - before[0], now[1] - before[1]
+
+    # Dropping
+
+    def drop_epoch(self, epoch: int, attempt: int | None) -> dict[str, int]:
+        """Delete an epoch of this rank (or one attempt of it); rows deleted by table."""
+        self._require_own()
+        rows, labels = self._store.drop_epoch(epoch, attempt=attempt, timeout_s=self.config.stall_timeout_s)
+        dropped = {"extracted_feature": rows}
+        if labels or self._has_ground_truth():
+            dropped["ground_truth"] = labels
+        return dropped
+
+    def drop_all(self) -> None:
+        """Delete every epoch of this rank."""
+        self._require_own()
+        self._store.drop_all(timeout_s=self.config.stall_timeout_s)
+
+    def epochs(self) -> list[int]:
+        """Epochs that this rank has on disk, -1 for rows without one."""
+        return [partition.epoch for partition in layout.partitions(self.rank_directory)]
+
+    def _require_own(self) -> None:
+        if self.inherited:
+            raise TraceInUseError(
+                "this tracer was inherited by a fork; its parent writes the trace", "drop it there"
+            )
+
+    def _has_ground_truth(self) -> bool:
+        for _, rank_dir in layout.rank_directories(self.directory):
+            for partition in layout.partitions(rank_dir):
+                if any(
+                    _ground_truth_rows(segment)
+                    for segment in layout.segments(partition.path)
+                    if segment.usable
+                ):
+                    return True
+        return False
+
+    # The end
+
+    def close(self) -> None:
+        """Flush, stop, let go. Idempotent.
+
+        Raises:
+            StorageError: The storage failed and ``on_error="raise"``.
+            TraceStallError: ``close_timeout_s`` passed; the rows in flight are lost if the process ends now.
+        """
+        with self._close_lock:
+            if self._closed or self.inherited:
+                self._closed = True
+                return
+            self._closed = True
+            lifecycle.unregister(self)
+            try:
+                self._finish()
+            finally:
+                self._store.close()
+                self._log_losses()
+
+    def _finish(self) -> None:
+        timeout_s = self.config.close_timeout_s
+        failure: MlDebuggerError | None = None
+        try:
+            self.recorder.flush(timeout_s)
+        except StorageError as error:
+            failure = error if self.config.on_error == "raise" else None
+        except TraceStallError as error:
+            failure = error
+        finished = self.recorder.close(timeout_s)
+        if failure is not None:
+            raise failure
+        if not finished:
+            raise TraceStallError(
+                f"the writer did not finish within close_timeout_s={timeout_s} s",
+                "look at the disk, or raise TracerConfig.close_timeout_s",
+            )
+
+    def close_quietly(self) -> None:
+        """Close at the end of the process or of the tracer's life: log instead of raising."""
+        try:
+            self.close()
+        except MlDebuggerError as error:
+            logger.error("closing the trace %r / %r: %s", self.info.model_name, self.info.version_name, error)
+
+    def _log_losses(self) -> None:
+        counters = self.counters()
+        lost = {name: counters[f"rows_{name}"] for name in ("discarded", "failed", "in_flight")}
+        if any(lost.values()):
+            logger.warning(
+                "trace %r / %r: of %d rows %d were committed, %d discarded, %d failed, %d were left in flight",
+                self.info.model_name,
+                self.info.version_name,
+                counters["rows_submitted"],
+                counters["rows_committed"],
+                *lost.values(),
+            )
+
+
+def check_same_trace(recorded: layout.VersionInfo, wanted: layout.VersionInfo) -> None:
+    """Refuse to mix what is recorded with something else.
+
+    Raises:
+        ArchitectureMismatchError: Another fingerprint.
+        InvalidInputError: Other aliases or fields.
+    """
+    where = f"the trace {wanted.model_name!r} / {wanted.version_name!r}"
+    hint = "use another version_name, or force_table_recreate=True to start from empty tables"
+    if recorded.fingerprint != wanted.fingerprint:
+        raise ArchitectureMismatchError(
+            f"{where} was recorded with another architecture: fingerprint {recorded.fingerprint[:12]}, "
+            f"this model has {wanted.fingerprint[:12]}",
+            hint,
+        )
+    for name in ("aliases", "additional_fields", "additional_label_fields"):
+        there, here = getattr(recorded, name), getattr(wanted, name)
+        if name != "aliases":
+            there, here = ({entry["name"]: entry for entry in entries} for entries in (there, here))
+        if there != here:
+            raise InvalidInputError(
+                f"{where} has the {name.replace('_', ' ')} {there}, this tracer has {here}", hint
+            )
+
+
+def _ground_truth_rows(segment: layout.SegmentEntry) -> int:
+    sealed = layout.read_sealed(segment)
+    if sealed is not None:
+        return int(sealed["ground_truth_rows"])
+    try:
+        handle = _core.Segment(str(segment.path), sealed=False)
+    except NotFoundError:
+        return 0
+    try:
+        return int(msgpack.unpackb(handle.meta())["ground_truth_rows"])
+    finally:
+        handle.close()

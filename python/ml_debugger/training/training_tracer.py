@@ -1,0 +1,273 @@
+"""`TrainingTracer`: saving, uploading, exporting and dropping what a training run has recorded."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ml_debugger.config import TracerConfig
+from ml_debugger.errors import (
+    InvalidInputError,
+    InvalidTypeError,
+    RingOverflowError,
+    StorageError,
+    TraceStallError,
+    UploadError,
+)
+from ml_debugger.tracer.inputs import require_epoch, select_epoch
+from ml_debugger.tracer.session import TraceSession
+from ml_debugger.tracer.torch_tracer import TorchTracer, check_flag, check_seconds
+from ml_debugger.uploading import UploadReport, require_endpoint
+
+__all__ = ["TrainingTracer"]
+
+
+class TrainingTracer(TorchTracer):
+    """A tracer for training runs.
+
+    Args:
+        model: See `TorchTracer`, like all arguments that are not listed here.
+        model_name: See `TorchTracer`.
+        version_name: See `TorchTracer`.
+        target_layers: See `TorchTracer`.
+        additional_fields: See `TorchTracer`.
+        additional_label_fields: See `TorchTracer`.
+        auto_sync: Upload committed data in the background; needs an endpoint.
+        force_table_recreate: Start from empty tables, as `drop_version_data` does.
+        api_endpoint: Where `upload` goes. Default ``MLD_API_ENDPOINT``.
+        api_key: Key that it shows. Default ``MLD_API_KEY``. Never printed, logged or stored.
+        config: See `TorchTracer`.
+
+    Raises:
+        InvalidInputError: ``auto_sync`` without an endpoint; or as `TorchTracer`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_name: str,
+        version_name: str,
+        target_layers: Mapping[str, str] | None = None,
+        additional_fields: list[dict[str, Any]] | None = None,
+        additional_label_fields: list[dict[str, Any]] | None = None,
+        auto_sync: bool = False,
+        force_table_recreate: bool = False,
+        api_endpoint: str | None = None,
+        api_key: str | None = None,
+        *,
+        config: TracerConfig | None = None,
+    ) -> None:
+        check_flag(auto_sync, "auto_sync")
+        self._api_endpoint = _text_or_environment(api_endpoint, "api_endpoint")
+        self._api_key = _Secret(_text_or_environment(api_key, "api_key"))
+        if auto_sync and self._api_endpoint is None:
+            raise InvalidInputError(
+                "auto_sync=True needs an endpoint, and there is none",
+                "pass api_endpoint or set MLD_API_ENDPOINT",
+            )
+        if auto_sync:
+            raise _refuse_endpoint(self._api_endpoint)
+        super().__init__(
+            model,
+            model_name,
+            version_name,
+            target_layers,
+            additional_fields,
+            additional_label_fields,
+            force_table_recreate,
+            config=config,
+        )
+
+    def wait_for_save(self, n_epoch: int | None = None, interval: float = 3, *, force: bool = False) -> None:
+        """Return when every row (of that epoch) is committed and, with an endpoint, confirmed by it.
+
+        Blocks as `flush` does. Looks, and on a terminal shows how much is left, every ``interval`` seconds.
+
+        Args:
+            n_epoch: The epoch that must be saved; None = all, -1 = rows without one.
+            interval: Seconds between two looks.
+            force: With an endpoint: send everything again.
+
+        Raises:
+            RingOverflowError: Rows were discarded since the last such call; raised once.
+            StorageError: Rows failed since the last such call; raised once.
+            UploadError: The endpoint does not confirm.
+        """
+        select_epoch(n_epoch)
+        interval = check_seconds(interval, "interval")
+        check_flag(force, "force")
+        if self._session is not None:
+            self._wait_for_commit(self._session, max(interval, 0.001))
+            _raise_losses(*self._session.report_losses())
+        if self._api_endpoint is not None:
+            self.upload(n_epoch, force=force)
+
+    def _wait_for_commit(self, session: TraceSession, interval_s: float) -> None:
+        if session.closed or not sys.stderr.isatty():
+            session.flush(None)
+            return
+        left, deadline = -1, 0.0
+        while True:
+            try:
+                session.flush(interval_s)
+                break
+            except TraceStallError:
+                now = int(session.counters()["rows_in_flight"])
+                if now != left:
+                    left, deadline = now, time.monotonic() + self._config.stall_timeout_s
+                elif time.monotonic() > deadline:
+                    raise
+                sys.stderr.write(f"\rsaving: {left} rows left  ")
+                sys.stderr.flush()
+        if left >= 0:
+            sys.stderr.write("\rsaving: done" + " " * 20 + "\n")
+
+    def upload(self, n_epoch: int | None = None, *, force: bool = False) -> UploadReport:
+        """Send what the endpoint does not hold.
+
+        Args:
+            n_epoch: None = all, -1 = rows without an epoch.
+            force: Send everything again.
+
+        Raises:
+            UploadError: There is no endpoint, or none that can be reached.
+        """
+        select_epoch(n_epoch)
+        check_flag(force, "force")
+        require_endpoint(self._api_endpoint)
+        if self._session is not None:
+            self._session.flush(None)
+        raise _refuse_endpoint(self._api_endpoint)
+
+    def export(
+        self,
+        output_path: str | os.PathLike[str] | None = None,
+        n_epoch: int | None = None,
+        *,
+        format: Literal["npy", "parquet"] = "npy",
+        dedupe: bool = True,
+        progress: bool | Callable[..., Any] | None = None,
+    ) -> Path | None:
+        """Write the trace (or one epoch of it) as a ZIP of numpy arrays; flushes first, works after ``close()``.
+
+        Args:
+            output_path: File or directory; a name without ``.zip`` is a directory, which gets
+                ``<model_name>_<version_name>[_epoch<n>].zip``. Default: the current directory.
+            n_epoch: None = all, -1 = rows without an epoch.
+            format: ``"npy"`` opens with plain ``numpy.load``.
+            dedupe: Keep the newest row of each ``(dataset_type, n_epoch, input_id)``; False keeps every row.
+            progress: Whether to show progress; None shows it on a terminal.
+
+        Returns:
+            The path of the archive; None on a rank that is not the primary one, and when nothing is recorded here at all
+            (``mode="disabled"``).
+
+        Raises:
+            StorageError: The archive cannot be written.
+        """
+        epoch = select_epoch(n_epoch)
+        session = self._session
+        if session is None:
+            return None
+        session.flush(None)
+        if self._config.rank != 0:
+            return None
+        from ml_debugger.exporting import export_trace
+
+        return export_trace(
+            session.directory, output_path, n_epoch=epoch, format=format, dedupe=dedupe, progress=progress
+        )
+
+    def drop_epoch_data(self, n_epoch: int, *, attempt: int | None = None) -> dict[str, int]:
+        """Delete an epoch's rows of this rank; flushes first. When it returns the epoch is gone for every reader.
+
+        Args:
+            n_epoch: The epoch.
+            attempt: Delete only what this attempt recorded.
+
+        Returns:
+            Deleted rows by table: ``{"extracted_feature": N, "ground_truth": M}``, without the second if the trace has no
+            ground truth. Zeros if the epoch is not there.
+
+        Raises:
+            InvalidTypeError: ``n_epoch`` is not an int.
+            InvalidInputError: It is negative.
+            TracerClosedError: After ``close()``.
+        """
+        epoch = require_epoch(n_epoch)
+        only = None if attempt is None else require_epoch(attempt, parameter="attempt")
+        self.flush()
+        if self._session is None:
+            return {"extracted_feature": 0}
+        self._seen_epochs.discard(epoch)
+        return self._session.drop_epoch(epoch, only)
+
+    def drop_version_data(self) -> None:
+        """Delete all rows of this rank in this (model, version); flushes first. Recording goes on.
+
+        Raises:
+            TracerClosedError: After ``close()``.
+        """
+        self.flush()
+        if self._session is not None:
+            self._seen_epochs.clear()
+            self._session.drop_all()
+
+
+class _Secret:
+    """A text that never shows in a repr, a log or an error."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str | None) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return "<no key>" if self._text is None else "<hidden key>"
+
+    def __reduce__(self) -> Any:
+        raise InvalidTypeError("an api_key cannot be pickled", "set MLD_API_KEY where it is needed")
+
+    def reveal(self) -> str | None:
+        """The text itself, for the request that needs it."""
+        return self._text
+
+
+def _text_or_environment(value: object, name: str) -> str | None:
+    """An argument, else ``MLD_<NAME>``, else None; the value itself is never part of an error."""
+    if value is None:
+        return os.environ.get(f"MLD_{name.upper()}") or None
+    if not isinstance(value, str):
+        raise InvalidTypeError(f"{name} must be a str or None, got {type(value).__name__}", "pass text")
+    return value or None
+
+
+def _refuse_endpoint(endpoint: str | None) -> UploadError:
+    return UploadError(
+        f"no uploader handles the endpoint {_without_credentials(endpoint or '')!r}",
+        "export() writes an archive that can be copied anywhere",
+    )
+
+
+def _without_credentials(endpoint: str) -> str:
+    scheme, separator, rest = endpoint.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}" if separator else endpoint
+
+
+def _raise_losses(discarded: int, failed: int) -> None:
+    if failed:
+        raise StorageError(
+            f"{failed} rows were lost to the storage and {discarded} discarded since the last wait_for_save",
+            "look at the disk that holds data_dir; stats() has the counts",
+        )
+    if discarded:
+        raise RingOverflowError(
+            f"{discarded} rows were discarded since the last wait_for_save because the ring was full",
+            'raise TracerConfig.ring_bytes, or use overflow="block"',
+        )

@@ -1,0 +1,82 @@
+"""Fixtures of all Python tests: a data directory, a small ring, a watch on what a test leaves behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+RING_BYTES = 8 << 20
+OWN_THREADS = "mld-"  # the core's threads are named so
+LEFT_BEHIND_DEADLINE_S = 2.0
+SETTINGS_OF_USERS = "MLD_"
+
+
+def open_in_this_process() -> set[str]:
+    """The core's threads and the LMDB files that this process has open; empty where there is no /proc."""
+    found = set()
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            name = (task / "comm").read_text().strip()
+        except OSError:  # ended while we looked
+            continue
+        if name.startswith(OWN_THREADS):
+            found.add(f"thread {name} ({task.name})")
+    for descriptor in Path("/proc/self/fd").glob("*"):
+        try:
+            target = os.readlink(descriptor)
+        except OSError:
+            continue
+        if target.removesuffix(" (deleted)").endswith(".mdb"):
+            found.add(f"descriptor {descriptor.name}: {target}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves threads or files of the core open; only what was not there before counts.
+
+    What the core leaks on purpose after a missed deadline is excused by the marker ``leaves_core_behind``.
+    """
+    before = open_in_this_process()
+    yield
+    if request.node.get_closest_marker("leaves_core_behind"):
+        return
+    # A joined thread leaves /proc a moment after the join.
+    deadline = time.monotonic() + LEFT_BEHIND_DEADLINE_S
+    while (left := open_in_this_process() - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if left:
+        pytest.fail("the test left behind: " + ", ".join(sorted(left)), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings from the developer's shell, and a ring that is quick to make; a test may say otherwise."""
+    for name in [name for name in os.environ if name.startswith(SETTINGS_OF_USERS)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLD_RING_BYTES", str(RING_BYTES))
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of this test's own, which ``MLD_DATA_DIR`` names; the tracer makes it."""
+    path = tmp_path / "mld_data"
+    monkeypatch.setenv("MLD_DATA_DIR", str(path))
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Tests share the machine, and the order of sums does not depend on its number of cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run."""
+    torch.manual_seed(0)
