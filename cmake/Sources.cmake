@@ -26,4 +26,16 @@ set(MLD_BINDING_SOURCES
 
 # Relative to tests/core.
 set(MLD_CORE_TESTS
-    check_test.cpp)
+    support.cpp
+    broken_ring.cpp
+    check_test.cpp
+    byte_ring_test.cpp
+    byte_ring_stress_test.cpp
+    crc32c_test.cpp
+    ledger_test.cpp
+    record_format_test.cpp
+    partition_test.cpp
+    partition_failure_test.cpp
+    environment_test.cpp
+    segment_reader_test.cpp
+    store_test.cpp)

@@ -82,6 +82,8 @@ class Ledger {
     counters_.written_bytes += written_bytes;
     counters_.write_ns += write_ns;
   }
+  // For a forked child's copy, whose mutex may be held by a thread that is not there.
+  [[nodiscard]] const Counters& inherited() const noexcept { return counters_; }
   [[nodiscard]] Counters snapshot() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return counters_;

@@ -43,6 +43,9 @@ Process& process() {
   std::call_once(g_install_once, [] {
     lock_descriptors_mutex();
     lock_descriptors();
+    // Now, not when the writer thread first asks: a fork in the middle of that would leave the child waiting for a thread
+    // that it does not have.
+    boot_id();
     g_process.store(new Process, std::memory_order_release);
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
   });

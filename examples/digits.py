@@ -1,19 +1,18 @@
 """Train a small CNN on handwritten digits, record what it computes for every image, and read the record back.
 
-Run it with `make demo`, or with `python examples/digits.py` where ml-debugger and scikit-learn are installed. The data
-are the 1797 images of 8 x 8 pixels that come with scikit-learn, so nothing is downloaded.
+Run it with `make demo`, or with `python examples/digits.py` where ml-debugger and scikit-learn are installed.
+The data are the 1797 images of 8 x 8 pixels that come with scikit-learn, so nothing is downloaded.
 
-To trace a training loop of your own, three things change, marked with (1), (2) and (3) below:
+To trace a training loop of your own, three things are new. They are marked (1), (2) and (3) below:
 
-1. construct a `ClassificationTracer` around the model;
+1. make a `ClassificationTracer` around the model;
 2. call the tracer where the loop called the model;
-3. export or read the trace when you are done.
+3. export the trace, or read it in place.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -61,8 +60,12 @@ class Accuracy(NamedTuple):
     correct: int
     samples: int
 
+    @property
+    def share(self) -> float:
+        return self.correct / self.samples
+
     def __str__(self) -> str:
-        return f"{self.correct:4d} / {self.samples:4d} = {self.correct / self.samples:7.2%}"
+        return f"{self.correct} / {self.samples} = {self.share:.2%}"
 
 
 Accuracies = dict[tuple[str, int], Accuracy]  # by (dataset_type, n_epoch)
@@ -71,7 +74,7 @@ Accuracies = dict[tuple[str, int], Accuracy]  # by (dataset_type, n_epoch)
 def digit_loaders() -> dict[str, DataLoader]:
     """Batches of (images, labels, positions in the data set), by split."""
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), from 0 to 1
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (N, 1, 8, 8), 0 to 1
     labels = torch.tensor(digits.target, dtype=torch.int64)
     positions = torch.arange(len(labels))
     train, val = train_test_split(positions, test_size=0.25, random_state=SEED, stratify=labels)
@@ -128,7 +131,7 @@ def train(tracer: ClassificationTracer, epochs: int) -> Accuracies:
         for epoch in range(epochs):
             for split, loader in loaders.items():
                 seen[split, epoch] = run_epoch(tracer, loader, split, epoch, optimizer, progress)
-            progress.set_postfix(epoch=epoch, val=f"{seen['val', epoch].correct / seen['val', epoch].samples:.1%}")
+            progress.set_postfix(epoch=epoch, val_accuracy=f"{seen['val', epoch].share:.1%}")
     return seen
 
 
@@ -139,7 +142,7 @@ def accuracies_in(archive_path: Path) -> Accuracies:
         labels = archive["ground_truth/label"]
         splits = archive["ground_truth/dataset_type"]
         epochs = archive["ground_truth/n_epoch"]
-        # Rows of the two tables belong together by row_id. Every call had labels, so here they are the same rows.
+        # Rows of the two tables belong together by row_id. Every call had labels here: they are the same.
         if not np.array_equal(archive["extracted_feature/row_id"], archive["ground_truth/row_id"]):
             sys.exit("FAILED: some rows of the export have features and no label")
     is_correct = logits.argmax(axis=1) == labels
@@ -151,35 +154,41 @@ def accuracies_in(archive_path: Path) -> Accuracies:
     return found
 
 
-def disk_bytes(directory: Path) -> int:
-    """Bytes that the files below a directory take on disk."""
-    return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
+def disk_bytes(data_dir: Path) -> int:
+    """Bytes that the traces in a data directory take on disk."""
+    return sum(path.stat().st_blocks * 512 for path in data_dir.rglob("*.mdb"))
+
+
+def dtype_and_shape(values: Tensor | list) -> str:
+    """What one row of a column is."""
+    if isinstance(values, list):
+        return "text"
+    dtype, shape = str(values.dtype).removeprefix("torch."), tuple(values.shape[1:])
+    return f"{dtype} {shape}" if shape else dtype
 
 
 def print_recorded(tracer: ClassificationTracer, data_dir: Path) -> None:
     """Say which rows and columns there are, and that nothing was lost."""
-    trace = open_trace(MODEL_NAME, VERSION_NAME, data_dir=data_dir)  # also works while a tracer writes, and later
-    print(f"\nRecorded in {data_dir}: {trace}, epochs {trace.epochs}")
+    trace = open_trace(MODEL_NAME, VERSION_NAME, data_dir=data_dir)  # as any other process can, now or later
+    print(f"\nRecorded in {data_dir}: model {MODEL_NAME}, version {VERSION_NAME}, epochs {trace.epochs}")
     for table in ("extracted_feature", "ground_truth"):
         print(f"  {table}, {trace.num_rows(table)} rows")
         for name, values in trace.tensors(table, n_epoch=0, dataset_type="val").items():
-            is_tensor = isinstance(values, Tensor)
-            shape = tuple(values.shape[1:]) if is_tensor else ()
-            print(f"    {name:12s} {str(values.dtype).removeprefix('torch.') if is_tensor else 'text':8s} {shape or ''}")
+            print(f"    {name:12s}  {dtype_and_shape(values)}")
     stats = tracer.stats()
     print(
-        f"  of {stats.rows_submitted} rows {stats.rows_committed} are on disk, {stats.rows_in_flight} on their way, "
-        f"{stats.rows_discarded} discarded, {stats.rows_failed} failed"
+        f"  {stats.rows_submitted} rows submitted: {stats.rows_committed} committed, "
+        f"{stats.rows_discarded} discarded, {stats.rows_failed} failed, {stats.rows_in_flight} in flight"
     )
 
 
 def print_comparison(seen: Accuracies, stored: Accuracies) -> bool:
     """Show both accuracies of every epoch; returns whether all agree."""
-    print(f"\n  epoch  split  {'seen by the loop':>22s}  {'from the export':>22s}")
+    print(f"\n  epoch  split  {'seen by the loop':>21s}  {'from the export':>21s}")
     for (split, epoch), accuracy in seen.items():
-        found = stored.get((split, epoch), "nothing")
+        found = stored.get((split, epoch), "no rows")
         verdict = "equal" if found == accuracy else "DIFFERENT"
-        print(f"  {epoch:5d}  {split:5s}  {accuracy!s:>22s}  {found!s:>22s}  {verdict}")
+        print(f"  {epoch:5d}  {split:5s}  {accuracy!s:>21s}  {found!s:>21s}  {verdict}")
     return stored == seen
 
 
@@ -187,17 +196,21 @@ def print_drop(tracer: ClassificationTracer, epoch: int, data_dir: Path) -> None
     """Delete one epoch; its rows and its disk space are gone when the call returns."""
     trace = open_trace(MODEL_NAME, VERSION_NAME, data_dir=data_dir)
 
-    def state() -> str:
-        return f"{trace.num_rows('extracted_feature'):6d} rows, {disk_bytes(data_dir) / 1e6:6.2f} MB, epochs {trace.epochs}"
+    def show(moment: str) -> None:
+        rows = trace.num_rows("extracted_feature")
+        megabytes = disk_bytes(data_dir) / 1e6
+        print(f"  {moment:7s} {rows:6d} rows, {megabytes:6.2f} MB on disk, epochs {trace.epochs}")
 
-    print(f"\nDropping epoch {epoch}\n  before: {state()}")
+    print(f"\nDropping epoch {epoch}")
+    show("before:")
     dropped = tracer.drop_epoch_data(epoch)
-    print(f"  after:  {state()}\n  dropped rows: {dropped}")
+    show("after:")
+    print(f"  rows deleted: {dropped}")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(description="Train on scikit-learn's digits, traced; read the trace back.")
+    parser = argparse.ArgumentParser(description="Trace a small CNN while it learns scikit-learn's digits.")
     parser.add_argument("--epochs", type=int, default=5, help="how long to train (default: %(default)s)")
     parser.add_argument(
         "--data-dir",
@@ -219,6 +232,7 @@ def main() -> None:
     arguments = parse_arguments()
     data_dir: Path = arguments.data_dir
     torch.manual_seed(SEED)
+    torch.set_num_threads(1)  # enough for images this small, and sums come out the same on every run
     with ClassificationTracer(  # (1) around the model
         DigitCNN(),
         MODEL_NAME,
@@ -234,7 +248,7 @@ def main() -> None:
         print_recorded(tracer, data_dir)
 
         archive_path = tracer.export(arguments.output or data_dir / "exports")  # (3)
-        print(f"\nExported to {archive_path}, {os.path.getsize(archive_path) / 1e6:.2f} MB")
+        print(f"\nExported to {archive_path}, {archive_path.stat().st_size / 1e6:.2f} MB")
         all_equal = print_comparison(seen, accuracies_in(archive_path))
         print_drop(tracer, epoch=0, data_dir=data_dir)
     if not all_equal:

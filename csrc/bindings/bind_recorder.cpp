@@ -83,7 +83,8 @@ bool close(Recorder& recorder, double timeout_s) {
 }
 
 py::dict counters(const Recorder& recorder) {
-  const Counters counters = recorder.ledger().snapshot();
+  const Ledger& ledger = recorder.ledger();
+  const Counters counters = recorder.is_inert() ? ledger.inherited() : ledger.snapshot();
   py::dict by_cause;
   for (std::size_t cause = 0; cause < kLossCauseNames.size(); ++cause) {
     by_cause[kLossCauseNames[cause]] = counters.rows_discarded_by_cause[cause];

@@ -15,7 +15,6 @@ namespace mld {
 // Whether `object` is exactly a torch.Tensor or torch.nn.Parameter: a subclass may mean its bytes differently.
 [[nodiscard]] bool is_exact_tensor(PyObject* object) noexcept;
 
-// First dimension of an exact tensor that can be borrowed as it stands; -1 if there is none.
 class TensorSource final : public ByteSource {
  public:
   // Takes what it can of `tensor` as it stands, and a dense CPU copy of what it cannot. Throws Error(kInvalidType) for
@@ -37,6 +36,10 @@ class TensorSource final : public ByteSource {
 
 // Size of the first dimension; -1 for a scalar or for what cannot be borrowed.
 [[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
+
+// Imports torch and looks up what we need of it. At import, since two hooks that met in it first could deadlock: one in
+// the import without the GIL, one with the GIL waiting for the first.
+void look_up_torch();
 
 // Tests only: behave as with a torch that lacks the exchange API.
 void use_exchange_api(bool use) noexcept;

@@ -29,9 +29,30 @@ ThreadCall& call_of_this_thread(const std::shared_ptr<Recorder>& recorder) {
   return *t_entries.back().call;
 }
 
+// After its deadline a close still tries this long, so that close(0) of an idle tracer succeeds.
+constexpr auto kLeastWait = std::chrono::milliseconds(200);
+// The writer gives up on a full disk after stall_timeout too, counted from its first failure; its verdict says more than
+// that of a waiter, so the waiter lets it come first.
+constexpr auto kVerdictGrace = std::chrono::seconds(1);
+
 std::int64_t compose_row_id(std::uint64_t rank, std::uint64_t attempt, std::uint64_t row) noexcept {
   return static_cast<std::int64_t>(rank << (kAttemptBits + kRowBits) | attempt << kRowBits | row);
 }
+
+Error closed_error() { return Error(ErrorKind::kTracerClosed, "the tracer is closed", "make a new tracer"); }
+
+// Holds a count up while it lives. seq_cst on both sides PAIRS WITH close(): either close() sees the count, or the counted
+// one sees closed_.
+class CountGuard {
+ public:
+  explicit CountGuard(std::atomic<std::uint32_t>& count) : count_(count) { count_.fetch_add(1, std::memory_order_seq_cst); }
+  ~CountGuard() { count_.fetch_sub(1, std::memory_order_seq_cst); }
+  CountGuard(const CountGuard&) = delete;
+  CountGuard& operator=(const CountGuard&) = delete;
+
+ private:
+  std::atomic<std::uint32_t>& count_;
+};
 
 // Counts the time of a wait however it ends.
 class StallClock {
@@ -81,7 +102,7 @@ std::shared_ptr<Recorder> Recorder::open(const StoreUse& store, const RecorderOp
 
 std::shared_ptr<Runtime> Recorder::runtime() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (runtime_ == nullptr) throw Error(ErrorKind::kTracerClosed, "the tracer is closed", "make a new tracer");
+  if (runtime_ == nullptr) throw closed_error();
   return runtime_;
 }
 
@@ -100,6 +121,7 @@ ThreadCall* Recorder::current_call() noexcept {
 }
 
 std::uint64_t Recorder::begin_call(std::int64_t epoch, std::uint32_t batch_size) {
+  if (closed_.load(std::memory_order_acquire)) throw closed_error();
   auto ring_owner = runtime();
   if (is_failed() && options_.on_error == OnError::kRaise) raise_failure();
   ThreadCall& call = call_of_this_thread(shared_from_this());
@@ -212,6 +234,8 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows, std::u
                         WaitHooks& hooks) {
   ThreadCall* call = current_call();
   if (call == nullptr) throw Error(ErrorKind::kInvalidInput, "end_call without begin_call in this thread");
+  const CountGuard ending(ending_);
+  if (closed_.load(std::memory_order_seq_cst)) throw closed_error();
   Runtime& runtime = *call->runtime;
   const std::size_t slot_bytes = sizeof(RecordHeader) + description.size();
   if (slot_bytes > runtime.ring().max_slot_bytes() / 2) {
@@ -297,7 +321,7 @@ void Recorder::raise_failure() const {
 
 std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
   const ThreadCall* call = last_call();
-  if (call == nullptr || call->state == ThreadCall::State::kNone || call->fate != ThreadCall::Fate::kStored ||
+  if (is_inert() || call == nullptr || call->state == ThreadCall::State::kNone || call->fate != ThreadCall::Fate::kStored ||
       capture >= call->captures.size()) {
     throw Error(ErrorKind::kNotFound, "nothing was captured in this thread's last call");
   }
@@ -336,7 +360,8 @@ void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks&
     if (settled >= target || is_failed()) break;
     const auto now = Clock::now();
     if (settled != settled_before) last_progress = now, settled_before = settled;
-    const bool late = timeout ? now - begin >= *timeout : now - last_progress >= options_.stall_timeout;
+    const bool late =
+        timeout ? now - begin >= *timeout : now - last_progress >= options_.stall_timeout + kVerdictGrace;
     if (late) {
       const Counters counters = ledger_.snapshot();
       throw Error(ErrorKind::kTraceStall,
@@ -353,24 +378,36 @@ void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks&
 }
 
 bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
-  if (is_inert() || closed_.exchange(true, std::memory_order_acq_rel)) return true;
+  if (is_inert() || closed_.exchange(true, std::memory_order_seq_cst)) return true;
   const auto deadline = Clock::now() + timeout;
+  const auto left = [deadline] { return std::max<std::chrono::nanoseconds>(deadline - Clock::now(), kLeastWait); };
   try {
+    wait_for_ending_calls(deadline, hooks);
     try {
-      flush(timeout, hooks);
+      flush(left(), hooks);
     } catch (const StoreError&) {
       // Failed before: counted, and raised to whoever asks. What is left is to let go.
     }
-    const auto left = std::max<std::chrono::nanoseconds>(deadline - Clock::now(), std::chrono::seconds(1));
-    runtime()->run_on_writer([id = id_](Writer& writer) { writer.detach(id); }, left, "close", hooks);
+    runtime()->run_on_writer([id = id_](Writer& writer) { writer.detach(id); }, left(), "close", hooks);
   } catch (const Error& error) {
-    if (error.kind() != ErrorKind::kTraceStall) throw;
+    if (error.kind() != ErrorKind::kTraceStall) {
+      let_go();
+      throw;
+    }
     // The thread may sit in the kernel for ever; what it uses must outlive it.
     static_cast<void>(new std::shared_ptr<Recorder>(shared_from_this()));
     return false;
   }
   let_go();
   return true;
+}
+
+// Other threads that were past their look at closed_ still hand their call over; it must come before the last flush.
+void Recorder::wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks) {
+  const auto runtime = this->runtime();
+  while (ending_.load(std::memory_order_seq_cst) != 0 && Clock::now() < deadline) {
+    runtime->wait_slice(runtime->progress(), hooks);
+  }
 }
 
 void Recorder::let_go() {

@@ -124,7 +124,8 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   // Copies `bytes` from `source`. Throws Error(kRingOverflow, kTraceStall), and what hooks.after_slice() throws.
   void capture(ThreadCall& call, std::uint32_t column, const char* dtype, const std::int64_t* dims, std::uint32_t ndim,
                std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
-  // False when the call was lost (and counted). Throws as capture(), and Error(kDiskBudget); the call stays open then.
+  // False when the call was lost (and counted). Throws as capture(), Error(kDiskBudget), and Error(kTracerClosed) when
+  // close() has begun; the call stays open then.
   bool end_call(std::string_view description, std::uint32_t rows, std::uint32_t ground_truth_rows, WaitHooks& hooks);
   void abort_call();
   // One capture's bytes, of the thread's open or last ended call. Throws Error(kNotFound).
@@ -154,6 +155,7 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   void count_lost(ThreadCall& call, std::uint64_t rows);
   [[nodiscard]] bool lose(ThreadCall& call, LossCause cause) noexcept;
   void let_go();
+  void wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks);
   void check_budget(const ThreadCall& call) const;
   void note_loss(const ThreadCall& call, std::uint64_t rows);
   void note_high_water(Ring& ring) noexcept;
@@ -173,6 +175,7 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   std::atomic<std::uint64_t> settled_{0};
   std::atomic<bool> failed_{false};
   std::atomic<bool> closed_{false};
+  std::atomic<std::uint32_t> ending_{0};  // calls between their look at closed_ and their last record
   mutable std::mutex mutex_;
   std::vector<LossNote> losses_;       // protected by mutex_
   std::optional<StoreError> failure_;  // protected by mutex_; set before failed_

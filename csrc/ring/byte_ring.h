@@ -95,8 +95,8 @@ class MpscByteRing {
       // relaxed: owning a range publishes nothing; its bytes travel by the mark.
       if (!head_.compare_exchange_weak(head, new_head, std::memory_order_relaxed, std::memory_order_relaxed)) continue;
       if (padding != 0) mark(head, padding, kPadding);
-      *slot = Slot{arena_ + std::size_t{static_cast<Index>(head + padding) % capacity_} * kGranuleBytes,
-                   static_cast<Index>(head + padding), need, false};
+      const auto position = static_cast<Index>(head + padding);
+      *slot = Slot{arena_ + std::size_t{static_cast<Index>(position % capacity_)} * kGranuleBytes, position, need, false};
       return true;
     }
   }
@@ -135,9 +135,12 @@ class MpscByteRing {
   // relaxed: both are counts for decisions that tolerate lag; try_reserve does its own ordering.
   [[nodiscard]] Index head() const noexcept { return head_.load(std::memory_order_relaxed); }
   [[nodiscard]] Index tail() const noexcept { return tail_.load(std::memory_order_relaxed); }
+  // For statistics. acquire PAIRS WITH release(): the head loaded after it is not behind that tail. Both may move between
+  // the two loads, so the difference is cut to what the ring can hold.
   [[nodiscard]] std::size_t used_bytes() const noexcept {
-    const Index tail = tail_.load(std::memory_order_relaxed);  // first: tail <= head then holds for the pair
-    return std::size_t{static_cast<Index>(head_.load(std::memory_order_relaxed) - tail)} * kGranuleBytes;
+    const Index tail = tail_.load(std::memory_order_acquire);
+    const auto used = static_cast<Index>(head_.load(std::memory_order_relaxed) - tail);
+    return std::size_t{used < capacity_ ? used : capacity_} * kGranuleBytes;
   }
 
  private:

@@ -49,7 +49,10 @@ __attribute__((target("sse4.2"))) std::uint32_t crc32c_hardware(const unsigned c
   for (; bytes > 0; --bytes, ++data) tail = _mm_crc32_u8(tail, *data);
   return ~tail;
 }
-bool has_hardware() noexcept { return __builtin_cpu_supports("sse4.2") != 0; }
+bool has_hardware() noexcept {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("sse4.2") != 0;
+}
 #elif defined(__aarch64__)
 __attribute__((target("+crc"))) std::uint32_t crc32c_hardware(const unsigned char* data, std::size_t bytes,
                                                               std::uint32_t crc) noexcept {
@@ -70,6 +73,9 @@ std::uint32_t crc32c_hardware(const unsigned char* data, std::size_t bytes, std:
 bool has_hardware() noexcept { return false; }
 #endif
 
+// Found out when the library is loaded: a function-local static could be caught half-made by a fork.
+const bool g_has_hardware = has_hardware();
+
 }  // namespace
 
 std::uint32_t crc32c_portable(const void* data, std::size_t bytes, std::uint32_t crc) noexcept {
@@ -86,8 +92,7 @@ std::uint32_t crc32c_portable(const void* data, std::size_t bytes, std::uint32_t
 }
 
 std::uint32_t crc32c(const void* data, std::size_t bytes, std::uint32_t crc) noexcept {
-  static const bool hardware = has_hardware();
-  return hardware ? crc32c_hardware(static_cast<const unsigned char*>(data), bytes, crc)
+  return g_has_hardware ? crc32c_hardware(static_cast<const unsigned char*>(data), bytes, crc)
                   : crc32c_portable(data, bytes, crc);
 }
 

@@ -11,6 +11,9 @@
 namespace mld {
 namespace {
 
+// Of lock.mdb: LMDB's header and a little more than kMaxReaders slots of 64 bytes.
+constexpr unsigned kMaxReaders = 510;
+constexpr std::size_t kLockFileBytes = std::size_t{40} << 10;
 constexpr std::size_t kSmallestMapBytes = std::size_t{64} << 20;
 
 bool is_writable(Access access) { return access == Access::kCreate || access == Access::kWrite; }
@@ -43,7 +46,7 @@ int open_with_map(MDB_env** out, const std::string& directory, unsigned flags, s
   if (const int code = mdb_env_create(&handle); code != MDB_SUCCESS) return code;
   HandleGuard guard(handle);
   mdb_env_set_maxdbs(handle, 2);
-  mdb_env_set_maxreaders(handle, 510);
+  mdb_env_set_maxreaders(handle, kMaxReaders);
   if (map_bytes != 0) mdb_env_set_mapsize(handle, map_bytes);
   const int code = mdb_env_open(handle, directory.c_str(), flags, 0600);
   if (code == MDB_SUCCESS) *out = guard.release();
@@ -89,6 +92,8 @@ std::shared_ptr<Environment> Environment::open(const std::string& directory, Acc
 
 void Environment::open_handle(const std::string& directory, Access access, Sync sync, std::size_t map_bytes) {
   const unsigned flags = flags_of(access, sync);
+  // LMDB would make a sparse lock.mdb and write to it through a map: on a full disk that is a SIGBUS, not an error.
+  if (access == Access::kCreate) allocate_file(directory + "/lock.mdb", kLockFileBytes);
   // A writer's map is wide, since set_mapsize must not be called later; under a limit on address space take what there
   // is. What never grows again is mapped as long as it is; 0 takes the writer's width.
   std::size_t wish = is_writable(access) ? map_bytes : 0;

@@ -102,6 +102,12 @@ void replace_file(const std::string& path, std::string_view content, bool durabl
   if (durable) sync_directory(path.substr(0, path.rfind('/')));
 }
 
+void allocate_file(const std::string& path, std::size_t bytes) {
+  const Descriptor file(path, O_RDWR | O_CREAT, 0600);
+  const int code = posix_fallocate(file.get(), 0, static_cast<off_t>(bytes));
+  if (code != 0) throw_store_error(code, "cannot allocate", path);
+}
+
 void rename_path(const std::string& from, const std::string& to) {
   if (rename(from.c_str(), to.c_str()) != 0) throw_store_error(errno, "cannot rename to " + to + " the path", from);
 }

@@ -17,6 +17,8 @@ void sync_directory(const std::string& path);
 void sync_file(const std::string& path);
 // Writes `content` to a file (0600) whole or not at all: temp file beside it, fsync, rename; `durable` adds the fsyncs.
 void replace_file(const std::string& path, std::string_view content, bool durable);
+// Makes a file (0600) of `bytes` zeros whose blocks are taken: writing to it through a map cannot meet a full disk.
+void allocate_file(const std::string& path, std::size_t bytes);
 void rename_path(const std::string& from, const std::string& to);
 // Deletes a directory and all in it; what is gone already is fine.
 void remove_tree(const std::string& path);

@@ -15,7 +15,7 @@ namespace {
 constexpr std::uint64_t kInlineBytes = 4096;
 constexpr int kMaxFailuresInARow = 3;
 constexpr auto kRetryPause = std::chrono::milliseconds(100);
-// Less free than this and a failed write is taken for a full disk: LMDB reports one as EIO.
+// Free beyond what was to be written, and a failed write is not taken for a full disk.
 constexpr std::uint64_t kFullDiskSlackBytes = std::uint64_t{1} << 20;
 constexpr std::uint64_t kPageBytes = 4096;
 
@@ -70,24 +70,22 @@ CommitResult Partition::handle_failure(const StoreError& error, Clock::time_poin
     retire_segment();
     return result;
   }
-  failure_ = error;
+  failure_ = is_full(error) ? StoreError(ENOSPC, "the disk of " + options_.directory + " is full: " + error.what(),
+                                         "free disk space, or choose another TracerConfig.data_dir")
+                            : error;
   result.outcome = CommitOutcome::kFailed;
   return result;
 }
 
+// LMDB reports a short write, which is what a full disk gives, as EIO; only the filesystem can tell the two apart.
+bool Partition::is_full(const StoreError& error) const {
+  if (error.code() == ENOSPC || error.code() == EDQUOT) return true;
+  return error.code() == EIO && free_bytes_at(options_.directory) < pending_page_bytes() + kFullDiskSlackBytes;
+}
+
 bool Partition::is_temporary(const StoreError& error) const {
-  switch (error.code()) {
-    case ENOSPC:
-    case EDQUOT:
-    case EMFILE:
-    case ENFILE:
-    case ENOMEM:
-      return true;
-    case EIO:
-      return free_bytes_at(options_.directory) < pending_page_bytes() + kFullDiskSlackBytes;
-    default:
-      return false;
-  }
+  const int code = error.code();
+  return code == EMFILE || code == ENFILE || code == ENOMEM || is_full(error);
 }
 
 std::uint64_t Partition::pending_page_bytes() const noexcept {
@@ -99,8 +97,10 @@ std::uint64_t Partition::pending_page_bytes() const noexcept {
 void Partition::begin_segment() {
   const SegmentIdentity identity{options_.rank, options_.attempt, next_sequence_, options_.epoch};
   const std::string directory = options_.directory + "/" + segment_name(options_.attempt, next_sequence_);
+  // What has piled up behind a full disk may be more than an ordinary segment takes.
+  const std::size_t map_bytes = std::max<std::size_t>(options_.map_bytes, pending_page_bytes() / kPageBytes * 5 / 4 * kPageBytes);
   try {
-    segment_ = std::make_unique<Segment>(directory, identity, options_.sync, options_.map_bytes);
+    segment_ = std::make_unique<Segment>(directory, identity, options_.sync, map_bytes);
   } catch (...) {
     // Half a segment must not stay: the next try would find the name taken.
     try {
@@ -139,8 +139,8 @@ CommitResult Partition::write_batch() {
   }
   write_leftovers(batch, staging);
   for (const Gap& gap : gaps_) {
-    encode_gap(gap, &header_scratch_);
-    batch.put_header(gap.first_call, header_scratch_);
+    encode_gap(gap, &staging.header_scratch);
+    batch.put_header(gap.first_call, staging.header_scratch);
     batch.totals().discarded_rows += gap.rows;
   }
   batch.commit();
@@ -149,6 +149,7 @@ CommitResult Partition::write_batch() {
   segment_disk_bytes_ = disk_bytes;
   merge(staging);
   pending_.clear();
+  forgotten_calls_.clear();
   gaps_.clear();
   is_dirty_ = options_.sync == Sync::kOnRequest;
   return staging.result;
@@ -156,7 +157,7 @@ CommitResult Partition::write_batch() {
 
 void Partition::stage_chunk(const PendingRecord& record, Segment::Batch& batch, Staging& staging) {
   const RecordHeader& header = *record.header;
-  if (doomed_calls_.count(header.call) != 0) return;
+  if (doomed_calls_.count(header.call) != 0 || forgotten_calls_.count(header.call) != 0) return;
   const std::string_view payload = header.payload();
   const bool may_inline = payload.size() <= kInlineBytes;
   if (!may_inline) batch.append_chunk(record.position, payload);
@@ -176,20 +177,20 @@ void Partition::write_call(const RecordHeader& record, Segment::Batch& batch, St
   }
   std::vector<ChunkRef> chunks;
   if (const auto open = open_calls_.find(record.call); open != open_calls_.end()) chunks = open->second;
-  inline_scratch_.clear();
+  staging.inline_scratch.clear();
   for (StagedChunk& staged : staging.calls[record.call]) {
     if (staged.inlined != nullptr) {
       staged.ref.segment = ChunkRef::kInline;
-      staged.ref.key = inline_scratch_.size();
-      inline_scratch_.append(staged.inlined->header->payload());
+      staged.ref.key = staging.inline_scratch.size();
+      staging.inline_scratch.append(staged.inlined->header->payload());
     }
     chunks.push_back(staged.ref);
   }
   staging.calls.erase(record.call);
   const CallIdentity identity{options_.rank, options_.attempt,         record.call,     record.epoch,
                               record.rows,   record.ground_truth_rows, record.first_row};
-  encode_call(identity, chunks, record.payload(), inline_scratch_, &header_scratch_);
-  batch.put_header(record.call, header_scratch_);
+  encode_call(identity, chunks, record.payload(), staging.inline_scratch, &staging.header_scratch);
+  batch.put_header(record.call, staging.header_scratch);
   SegmentTotals& totals = batch.totals();
   totals.rows += record.rows;
   totals.ground_truth_rows += record.ground_truth_rows;
@@ -226,6 +227,7 @@ Tally Partition::discard_pending() {
     tally.bytes += record.header->call_bytes;
   }
   pending_.clear();
+  forgotten_calls_.clear();
   gaps_.clear();
   return tally;
 }
@@ -238,6 +240,7 @@ Tally Partition::drop() {
   for (const PendingRecord& record : pending_) {
     if (record.header->kind == RecordKind::kCall) doomed_calls_.erase(record.header->call);
   }
+  for (const std::uint64_t call : forgotten_calls_) doomed_calls_.erase(call);
   open_calls_.clear();
   segment_.reset();
   retired_.clear();
@@ -264,6 +267,7 @@ void Partition::seal() {
 }
 
 void Partition::close_environment() noexcept {
+  if (pending_.empty()) pending_.shrink_to_fit();  // it may be long until this epoch's next record
   if (segment_ != nullptr) segment_->close();
   for (const auto& segment : retired_) segment->close();
 }

@@ -65,8 +65,13 @@ class Partition {
   void forget_call(std::uint64_t call) {
     open_calls_.erase(call);
     doomed_calls_.erase(call);
+    if (!pending_.empty()) forgotten_calls_.insert(call);  // its chunks may be among them
   }
 
+  // Whether anything is left here that a later record may depend on.
+  [[nodiscard]] bool is_blank() const noexcept {
+    return segment_ == nullptr && retired_.empty() && !has_pending() && doomed_calls_.empty();
+  }
   [[nodiscard]] bool has_pending() const noexcept { return !pending_.empty() || !gaps_.empty(); }
   // Ring position that must not be released yet; nullopt when nothing is pending.
   [[nodiscard]] std::optional<std::uint64_t> oldest_position() const noexcept;
@@ -103,6 +108,7 @@ class Partition {
   struct Staging {
     std::unordered_map<std::uint64_t, std::vector<StagedChunk>> calls;
     std::vector<std::uint64_t> finished_calls;
+    std::string header_scratch, inline_scratch;  // reused from call to call
     CommitResult result;
   };
 
@@ -115,6 +121,7 @@ class Partition {
   void begin_segment();
   void retire_segment() noexcept;
   CommitResult handle_failure(const StoreError& error, Clock::time_point now);
+  [[nodiscard]] bool is_full(const StoreError& error) const;
   [[nodiscard]] bool is_temporary(const StoreError& error) const;
   [[nodiscard]] Segment* find_segment(std::int32_t sequence) noexcept;
 
@@ -123,6 +130,7 @@ class Partition {
   std::vector<Gap> gaps_;
   std::unordered_map<std::uint64_t, std::vector<ChunkRef>> open_calls_;
   std::unordered_set<std::uint64_t> doomed_calls_;  // open when the partition was dropped
+  std::unordered_set<std::uint64_t> forgotten_calls_;  // not to be written; emptied with pending_
   std::unique_ptr<Segment> segment_;                // the one written to; null before the first batch
   std::vector<std::unique_ptr<Segment>> retired_;   // earlier ones of this attempt, sealed if that went well
   std::uint32_t next_sequence_ = 0;
@@ -133,7 +141,6 @@ class Partition {
   std::optional<Clock::time_point> waiting_since_;
   Clock::time_point retry_at_{};
   std::optional<StoreError> failure_;
-  std::string header_scratch_, inline_scratch_;  // reused, so that a commit allocates little
 };
 
 }  // namespace mld

@@ -48,10 +48,11 @@ class HeaderReader {
     return static_cast<Integer>(unsigned_integer());
   }
 
- private:
   [[noreturn]] static void damaged() {
-    throw Error(ErrorKind::kCorruptData, "a stored header is not what the writer writes", "run `ml-debugger verify`");
+    throw Error(ErrorKind::kCorruptData, "a stored header is not what the writer writes", "restore the segment from a copy, or drop its epoch");
   }
+
+ private:
   unsigned peek() const {
     if (bytes_.empty()) damaged();
     return static_cast<unsigned char>(bytes_.front());
@@ -132,7 +133,9 @@ DecodedHeader decode_header(std::string_view value) {
   HeaderReader reader(value);
   DecodedHeader header;
   if (reader.array() != 5) throw Error(ErrorKind::kCorruptData, "a stored header has not five parts");
-  header.kind = static_cast<HeaderKind>(reader.unsigned_integer());
+  const std::uint64_t kind = reader.unsigned_integer();
+  if (kind > static_cast<std::uint64_t>(HeaderKind::kGap)) HeaderReader::damaged();
+  header.kind = static_cast<HeaderKind>(kind);
   if (header.kind != HeaderKind::kCall) return header;
   reader.map();
   CallIdentity& identity = header.identity;
@@ -154,7 +157,11 @@ DecodedHeader decode_header(std::string_view value) {
     chunk.key = reader.unsigned_integer();
     chunk.bytes = reader.unsigned_integer();
     chunk.crc = static_cast<std::uint32_t>(reader.unsigned_integer());
-    if (chunk.segment == ChunkRef::kInline) inline_total += chunk.bytes;
+    if (chunk.segment == ChunkRef::kInline) {
+      // Inline pieces follow one another; the second condition keeps the sum from overflowing.
+      if (chunk.key != inline_total || chunk.bytes > value.size()) HeaderReader::damaged();
+      inline_total += chunk.bytes;
+    }
     header.chunks.push_back(chunk);
   }
   // The inline bytes lie right before the checksum, whatever the description before them holds.

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <limits>
 
 #include "errors.h"
 #include "store/crc32c.h"
@@ -12,7 +13,7 @@
 namespace mld {
 namespace {
 
-constexpr const char* kVerifyHint = "run `ml-debugger verify` on the trace";
+constexpr const char* kDamageHint = "restore the segment from a copy, or drop its epoch";
 
 Access access_for(const std::string& directory, bool sealed) {
   if (sealed) return Access::kReadSealed;
@@ -31,7 +32,7 @@ SegmentReader::SegmentReader(const std::string& directory, bool sealed) : direct
     }
     if (error.code() == MDB_INVALID || error.code() == MDB_VERSION_MISMATCH || error.code() == MDB_NOTFOUND ||
         error.code() == MDB_CORRUPTED) {
-      throw Error(ErrorKind::kCorruptData, error.what(), kVerifyHint);
+      throw Error(ErrorKind::kCorruptData, error.what(), kDamageHint);
     }
     throw;
   }
@@ -50,6 +51,7 @@ std::string SegmentReader::meta() const {
 std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(std::optional<std::uint64_t> after,
                                                                           std::size_t limit) const {
   std::vector<std::pair<std::uint64_t, std::string>> found;
+  if (after == std::numeric_limits<std::uint64_t>::max()) return found;  // nothing can be behind it
   const Transaction transaction(*environment_, true);
   MDB_cursor* cursor = nullptr;
   check_lmdb(mdb_cursor_open(transaction.get(), environment_->headers(), &cursor), "cannot read headers");
@@ -61,7 +63,7 @@ std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(std::o
   for (; code == MDB_SUCCESS && found.size() < limit; code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
     const std::string_view bytes(static_cast<const char*>(value.mv_data), value.mv_size);
     if (key.mv_size != first.size() || !header_is_sound(bytes)) {
-      throw Error(ErrorKind::kCorruptData, "a header of " + directory_ + " does not match its checksum", kVerifyHint);
+      throw Error(ErrorKind::kCorruptData, "a header of " + directory_ + " does not match its checksum", kDamageHint);
     }
     found.emplace_back(decode_key(key.mv_data), std::string(bytes));
   }
@@ -79,13 +81,13 @@ void SegmentReader::read(const std::vector<ChunkRequest>& requests, std::byte* o
     if (code != MDB_NOTFOUND) check_lmdb(code, "cannot read a chunk");
     if (code == MDB_NOTFOUND || value.mv_size != request.bytes) {
       throw Error(ErrorKind::kCorruptData, "chunk " + std::to_string(request.key) + " of " + directory_ + " is missing or cut",
-                  kVerifyHint);
+                  kDamageHint);
     }
     std::memcpy(out + request.offset, value.mv_data, value.mv_size);
     // Of the copy, which is in the cache, and which is what the caller gets.
     if (crc32c(out + request.offset, request.bytes) != request.crc) {
       throw Error(ErrorKind::kCorruptData,
-                  "chunk " + std::to_string(request.key) + " of " + directory_ + " does not match its checksum", kVerifyHint);
+                  "chunk " + std::to_string(request.key) + " of " + directory_ + " does not match its checksum", kDamageHint);
     }
   }
 }

@@ -183,11 +183,13 @@ void StoreState::adopt_earlier_segments() {
     const std::string partition = directory_ + "/" + name;
     for (const std::string& segment_name : list_directory(partition)) {
       const std::string segment = partition + "/" + segment_name;
-      add_disk_bytes(disk_bytes_of(segment + "/" + kDataFile));
-      if (path_exists(segment + "/" + kSealedFile)) continue;
       if (!path_exists(segment + "/" + kSegmentFile)) {
         remove_tree(segment);  // died before its first row
-      } else if (is_usable(segment)) {
+        continue;
+      }
+      add_disk_bytes(disk_bytes_of(segment + "/" + kDataFile));
+      if (path_exists(segment + "/" + kSealedFile)) continue;
+      if (is_usable(segment)) {
         sync_file(segment + "/" + kDataFile);
         replace_file(segment + "/" + kSealedFile, "{\"format_version\": " + std::to_string(kFormatVersion) + "}\n", true);
       }
@@ -243,7 +245,11 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
     }
     for (const std::string& segment : segments) {
       const std::uint64_t bytes = disk_bytes_of(segment + "/" + kDataFile);
-      if (count) count_rows(segment, &seen, &rows);
+      try {
+        if (count) count_rows(segment, &seen, &rows);
+      } catch (const Error&) {
+        // Damaged: the rows behind the damage cannot be counted, and the user wants them gone all the same.
+      }
       wait_for_readers(segment);
       subtract_disk_bytes(bytes);
     }

@@ -229,20 +229,25 @@ DroppedRows Writer::drop_epoch(StoreState& store, std::int64_t epoch, std::optio
     const auto found = track.partitions.find(epoch);
     if (found == track.partitions.end()) return;
     if (attempt && track.recorder->options().attempt != *attempt) return;
-    const Tally tally = found->second->drop();
-    if (tally.rows != 0) track.recorder->mutable_ledger().drop(tally.rows, tally.bytes);
+    drop_partition(track, found);
   });
   release_committed();
   return store.drop_epoch(epoch, attempt);
 }
 
+Writer::Partitions::iterator Writer::drop_partition(Track& track, Partitions::iterator it) {
+  Partition& partition = *it->second;
+  const Tally tally = partition.drop();
+  if (tally.rows != 0) track.recorder->mutable_ledger().drop(tally.rows, tally.bytes);
+  if (!partition.is_blank()) return std::next(it);  // calls that are open now lost chunks: it must remember them
+  open_.erase(std::remove(open_.begin(), open_.end(), &partition), open_.end());
+  return track.partitions.erase(it);
+}
+
 void Writer::drop_all_epochs(StoreState& store) {
   drain_all();
   for_each_of(store, [&](Track& track) {
-    for (const auto& [epoch, partition] : track.partitions) {
-      const Tally tally = partition->drop();
-      if (tally.rows != 0) track.recorder->mutable_ledger().drop(tally.rows, tally.bytes);
-    }
+    for (auto it = track.partitions.begin(); it != track.partitions.end();) it = drop_partition(track, it);
   });
   release_committed();
   store.drop_all();

@@ -48,10 +48,11 @@ class Writer {
   void write_changed_status() noexcept;
 
  private:
+  using Partitions = std::map<std::int64_t, std::unique_ptr<Partition>>;  // by epoch
   // What the writer keeps of one recorder.
   struct Track {
     std::shared_ptr<Recorder> recorder;
-    std::map<std::int64_t, std::unique_ptr<Partition>> partitions;  // by epoch
+    Partitions partitions;
     std::uint64_t rows_in_status = 0;                               // moved since, if it differs
   };
 
@@ -63,6 +64,7 @@ class Writer {
   void fail_track(Track& track, const StoreError& error);
   void release_committed();
   Partition& partition_of(Track& track, std::int64_t epoch);
+  Partitions::iterator drop_partition(Track& track, Partitions::iterator it);
   void make_room_for(Partition& partition);
   template <class Visit>
   void for_each_of(const StoreState& store, Visit visit);

@@ -1,6 +1,7 @@
 """Record what a classifier computes for every sample while it is trained, at almost no cost to the training.
 
-The tracer is `ml_debugger.training.ClassificationTracer`; traces are read with `open_trace` and `load_export`.
+The tracer is `ml_debugger.training.ClassificationTracer`; traces are read with `open_trace` and
+`load_export`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ try:
     from ml_debugger import _core as _core
 except ImportError as error:
     raise ImportError(
-        f"ml_debugger._core, the compiled part of ml-debugger, cannot be loaded ({error}). Install the package "
-        "(pip install ml-debugger, or pip install . in a checkout, which needs a C++ compiler) instead of importing the "
-        "source tree."
+        f"ml_debugger._core, the compiled part of ml-debugger, cannot be loaded ({error}). Install the "
+        "package: pip install ml-debugger, or pip install . in a checkout, which needs a C++ compiler."
     ) from error
 
 from ml_debugger import errors

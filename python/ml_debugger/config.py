@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
 from ml_debugger.memory import usable_memory_bytes
 
 __all__ = ["TracerConfig"]
 
-Reduction = Union[Literal["mean", "max", "flatten"], Callable[[Any], Any]]
+Reduction = Literal["mean", "max", "flatten"] | Callable[[Any], Any]
 
 _MIB = 1 << 20
 _RING_BYTES = 256 * _MIB
@@ -42,23 +42,27 @@ _T = TypeVar("_T")
 class TracerConfig:
     """How a tracer records. Immutable; checked when it is made.
 
-    Every field also reads ``MLD_<FIELD>`` from the environment when the object is made (mappings as JSON); an argument beats
-    the environment, which beats the default.
+    Every field also reads ``MLD_<FIELD>`` from the environment when the object is made (mappings as JSON); an
+    argument beats the environment, which beats the default.
 
     Behaviour:
         data_dir: Directory of all traces. Default ``./mld_data``.
         mode: ``"enabled"`` (default), or ``"disabled"``: a call is the plain forward, nothing is written.
-        overflow: When the ring is full: ``"block"`` (default) waits, at most ``stall_timeout_s``, then `TraceStallError`;
-            ``"discard"`` loses the whole call and counts it; ``"raise"`` raises `RingOverflowError`.
-        durability: What a committed row survives: ``"power"`` (default) a power cut; ``"process"`` kill -9, while a power cut
-            may cost the open segment.
-        on_error: When the storage failed for good: ``"raise"`` (default) `StorageError` at the next call, ``"warn"`` once,
-            stop recording, count and keep training.
-        capture_dtype: Cast floating layer outputs to ``"float16"`` or ``"bfloat16"`` before they are copied. Default None.
-        reduce: ``{alias: "mean" | "max" | "flatten" | callable}``, applied before the copy; the callable takes the tensor
-            (samples first) and returns one with as many samples. Default None.
-        repeat: A layer that runs several times in a forward: record its ``"last"`` run (default) or ``"all"``.
-        batch_dim: ``{alias: dimension}`` for outputs whose samples do not lie along dimension 0. Default None.
+        overflow: When the ring is full: ``"block"`` (default) waits, at most ``stall_timeout_s``, then
+            `TraceStallError`; ``"discard"`` loses the whole call and counts it; ``"raise"`` raises
+            `RingOverflowError`.
+        durability: What a committed row survives: ``"power"`` (default) a power cut; ``"process"`` kill -9,
+            while a power cut may cost the open segment.
+        on_error: When the storage failed for good: ``"raise"`` (default) `StorageError` at the next call,
+            ``"warn"`` once, stop recording, count and keep training.
+        capture_dtype: Cast floating layer outputs to ``"float16"`` or ``"bfloat16"`` before they are copied.
+            Default None.
+        reduce: ``{alias: "mean" | "max" | "flatten" | callable}``, applied before the copy; the callable
+            takes the tensor (samples first) and returns one with as many samples. Default None.
+        repeat: A layer that runs several times in a forward: record its ``"last"`` run (default) or
+            ``"all"``.
+        batch_dim: ``{alias: dimension}`` for outputs whose samples do not lie along dimension 0. Default
+            None.
         every_n_calls: Record calls 1, n+1, 2n+1, ... of the tracer. Default 1.
         sample_fraction: Record this fraction of samples, in (0, 1], chosen by a hash of the id. Default 1.0.
         max_bytes: Disk budget of a trace in bytes; reaching it is a `DiskBudgetError`. Default None.
@@ -66,17 +70,19 @@ class TracerConfig:
         data_rank: Number under which this process records; -1 records nothing. Default: the process's rank.
 
     Performance:
-        ring_bytes: Staging memory between hooks and writer, one for the process. Default 256 MiB, at most 1/8 of the memory
-            that the process may use.
+        ring_bytes: Staging memory between hooks and writer, one for the process. Default 256 MiB, at most 1/8
+            of the memory that the process may use.
         commit_bytes: Payload of a group commit, in bytes. Default 32 MiB.
         commit_interval_s: Longest time between a call and its commit while the disk keeps up. Default 0.5 s.
         device_ring_bytes: Device staging in bytes. Default 64 MiB, at most 1 % of the device.
-        staging_dir: Local directory for data being written when ``data_dir`` is on a network filesystem. Default None.
+        staging_dir: Local directory for data being written when ``data_dir`` is on a network filesystem.
+            Default None.
         stall_timeout_s: Longest wait without progress. Default 300 s.
         close_timeout_s: Longest wait of ``close()`` and of the process's end. Default 60 s.
 
     Raises:
-        InvalidInputError: A value is out of range or not one of the choices, or the environment holds garbage.
+        InvalidInputError: A value is out of range or not one of the choices, or the environment holds
+            garbage.
         InvalidTypeError: A value has the wrong type.
     """
 
@@ -112,7 +118,8 @@ class TracerConfig:
                 given = from_text(text, variable) if text else default()
                 name = variable if text else entry.name
                 if entry.name == "data_rank" and not text:
-                    # Remembered: a config made before the process group is judged again when a tracer is made.
+                    # Remembered: a config made before the process group is judged again when a tracer is
+                    # made.
                     object.__setattr__(self, "_rank_is_default", True)
             else:
                 name = entry.name
@@ -253,7 +260,8 @@ def _check_reduce(value: object, name: str) -> dict[str, Reduction] | None:
             continue
         if not isinstance(reduction, str):
             raise InvalidTypeError(
-                f"{name}[{alias!r}] must be one of {_REDUCTIONS} or a callable, got {type(reduction).__name__}",
+                f"{name}[{alias!r}] must be one of {_REDUCTIONS} or a callable, "
+                f"got {type(reduction).__name__}",
                 "name a reduction or pass a function",
             )
         if reduction not in _REDUCTIONS:

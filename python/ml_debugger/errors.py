@@ -1,7 +1,7 @@
 """Every exception that ml_debugger raises.
 
-Each class has a builtin as its second base, so that ``except ValueError`` works as users expect. Messages say what was
-expected, what was found and what to do; ``hint`` holds the remedy alone.
+Each class has a builtin as its second base, so that ``except ValueError`` works as users expect. Messages say
+what was expected, what was found and what to do; ``hint`` holds the remedy alone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ _NO_LIMIT = 1 << 60
 
 
 def usable_memory_bytes() -> int | None:
-    """Smallest of physical memory, the limits of our cgroups (v1 and v2) and ``RLIMIT_AS``; None if nothing is known."""
+    """Smallest of physical memory, our cgroups' limits and ``RLIMIT_AS``; None if nothing is known."""
     limits = [_physical_bytes(), _address_space_bytes(), *_cgroup_limits()]
     known = [limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
     return min(known, default=None)
@@ -51,7 +51,8 @@ def _cgroup_limits() -> list[int | None]:
             root, name = _CGROUP_ROOT / "memory", "memory.limit_in_bytes"
         else:
             continue
-        # In a container the path may be the host's, which is not visible here: then only the root's file is there.
+        # In a container the path may be the host's, which is not visible here: then only the root's file is
+        # there.
         parts = Path(path.lstrip("/")).parts
         limits += [_read_limit(root.joinpath(*parts[:depth], name)) for depth in range(len(parts) + 1)]
     return limits

@@ -13,8 +13,9 @@ __all__ = ["TracerStats"]
 class TracerStats:
     """What happened to the rows of one tracer; a row is one sample (its ground truth is not counted again).
 
-    ``submitted == committed + discarded + failed + in_flight`` holds for rows and for bytes; each figure is counted at its
-    own place, none is derived from the others. Rows left out on purpose (``every_n_calls``, ``sample_fraction``) are in none.
+    ``submitted == committed + discarded + failed + in_flight`` holds for rows and for bytes; each figure is
+    counted at its own place, none is derived from the others. Rows left out on purpose (``every_n_calls``,
+    ``sample_fraction``) are in none.
 
     Attributes:
         rows_submitted: Rows handed over by calls that returned.
@@ -56,5 +57,6 @@ class TracerStats:
     def from_counters(cls, counters: Mapping[str, Any]) -> TracerStats:
         """Build from the core's counters, by name; counters that are no field are left out."""
         known = {entry.name: counters[entry.name] for entry in fields(cls) if entry.name in counters}
-        known["discarded_by_cause"] = dict(known.get("discarded_by_cause", {}))
+        causes = known.get("discarded_by_cause", {})
+        known["discarded_by_cause"] = {cause: rows for cause, rows in causes.items() if rows}
         return cls(**known)

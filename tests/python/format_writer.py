@@ -1,4 +1,5 @@
-"""Writes traces from `docs/record_format.md` alone, with stock `lmdb` and `msgpack`: an independent check of that page.
+"""Writes traces from `docs/record_format.md` alone, with stock `lmdb` and `msgpack`: an independent check of
+that page.
 
 Nothing here imports ml_debugger, so that a shared mistake cannot hide.
 """
@@ -49,7 +50,7 @@ def slug(name: str) -> str:
 
 @dataclass
 class Column:
-    """One column of one call: rows as an array in raw bytes, as rows of differing shape, or as a list of str or bytes."""
+    """One column of one call: an array of raw elements, a list of arrays, or a list of str or bytes."""
 
     values: Any
     type: str = "tensor"
@@ -79,7 +80,9 @@ class SegmentWriter:
         self.chunks.append((key, data))
         return [self.sequence, key, len(data), crc32c(data)]
 
-    def put_header(self, key: int, kind: int, core: Mapping[str, Any], description: Any, inline: bytes) -> None:
+    def put_header(
+        self, key: int, kind: int, core: Mapping[str, Any], description: Any, inline: bytes
+    ) -> None:
         parts = (kind, dict(core), description, inline)
         body = b"\x95" + b"".join(msgpack.packb(part) for part in parts)
         self.calls.append((key, body + b"\xce" + crc32c(body).to_bytes(4, "big")))
@@ -105,7 +108,12 @@ class SegmentWriter:
                     txn.put(key.to_bytes(8, "big"), data, db=headers)
                 txn.put(b"meta", msgpack.packb(meta))
         if sealed:
-            document = {"format_version": 1, "rows": self.rows, "ground_truth_rows": self.ground_truth_rows, "calls": 0}
+            document = {
+                "format_version": 1,
+                "rows": self.rows,
+                "ground_truth_rows": self.ground_truth_rows,
+                "calls": 0,
+            }
             (self.path / "sealed.json").write_text(json.dumps(document))
 
 
@@ -157,7 +165,7 @@ class FormatWriter:
         pieces: int = 1,
         inline: Sequence[str] = (),
     ) -> int:
-        """Record one call; returns the ``row_id`` of its first row. ``inline`` names columns to keep in the header."""
+        """Record one call; returns its first ``row_id``. ``inline`` names columns to keep in the header."""
         segment = self.segment(epoch, rank, attempt, sequence)
         target = segment if chunk_sequence is None else self.segment(epoch, rank, attempt, chunk_sequence)
         if first_row is None:
@@ -165,7 +173,10 @@ class FormatWriter:
             self.next_row[rank, attempt] = self.next_row.get((rank, attempt), 0) + len(ids)
         columns, chunks, inlined = [], [], b""
         capture = 0
-        tables = {"extracted_feature": {"input_id": Column(list(ids), "str"), **features}, "ground_truth": truths or {}}
+        tables = {
+            "extracted_feature": {"input_id": Column(list(ids), "str"), **features},
+            "ground_truth": truths or {},
+        }
         for table, table_columns in tables.items():
             for name, column in table_columns.items():
                 entry, captures = _describe(table, name, column, capture)
@@ -190,7 +201,13 @@ class FormatWriter:
     def gap(self, first_call: int, last_call: int, rows: int, cause: str = "ring_full", **where: Any) -> None:
         """Record that rows were lost."""
         segment = self.segment(where.pop("epoch", 0), **where)
-        core = {"first_call": first_call, "last_call": last_call, "rows": rows, "bytes": 100 * rows, "cause": cause}
+        core = {
+            "first_call": first_call,
+            "last_call": last_call,
+            "rows": rows,
+            "bytes": 100 * rows,
+            "cause": cause,
+        }
         segment.put_header(first_call, 1, core, None, b"")
         segment.discarded_rows += rows
 
@@ -221,7 +238,9 @@ def _describe(table: str, name: str, column: Column, capture: int) -> tuple[dict
         return entry, [column.values.tobytes()]
     rows = [np.asarray(row) for row in column.values]
     ndim = max(row.ndim for row in rows)
-    shapes = np.array([[-1] * (ndim - row.ndim) + list(row.shape) for row in rows], "<i8").reshape(len(rows), ndim)
+    shapes = np.array([[-1] * (ndim - row.ndim) + list(row.shape) for row in rows], "<i8").reshape(
+        len(rows), ndim
+    )
     entry |= {"dtype": column.dtype or rows[0].dtype.name, "shape": None, "shapes": capture + 1}
     return entry, [b"".join(row.tobytes() for row in rows), shapes.tobytes()]
 

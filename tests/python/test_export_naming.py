@@ -15,11 +15,13 @@ def test_the_default_name_is_model_version_and_epoch() -> None:
     assert default_name("resnet18", "v1", 3) == "resnet18_v1_epoch3.zip"
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/b\\c", "..", ".", "a\0b", "\udc80", "C:x", "line\nbreak", "x" * 300, "ä" * 200])
+@pytest.mark.parametrize(
+    "name", ["../../x", "a/b\\c", "..", ".", "a\0b", "\udc80", "C:x", "line\nbreak", "x" * 300, "ä" * 200]
+)
 def test_hostile_names_make_safe_file_names(name: str, tmp_path: Path) -> None:
     made = default_name(name, name, 12)
     assert len(made.encode()) <= 255 and made.endswith("_epoch12.zip")
-    assert not set(made) & set('/\\\0\n:') and not made.startswith(".")
+    assert not set(made) & set("/\\\0\n:") and not made.startswith(".")
     (tmp_path / made).touch()
     assert [path.name for path in tmp_path.iterdir()] == [made]
 

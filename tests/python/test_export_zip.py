@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from format_writer import Column, FormatWriter
 
+from format_writer import Column, FormatWriter
 from ml_debugger.errors import InvalidInputError, InvalidTypeError, NotFoundError, StorageError
 from ml_debugger.exporting import export_trace, tables
 from ml_debugger.trace import Trace, load_export, open_trace
@@ -109,14 +109,18 @@ def test_ragged_columns_bytes_and_wide_text_come_in_three_members(trace_dir: Pat
     trace = open_trace("model", "v1", data_dir=tmp_path / "data")
     rows = trace.arrays("extracted_feature", columns=["ragged", "camera", "blob"])
     for name in rows:
-        values, offsets, shapes = (found[f"extracted_feature/{name}.{part}"] for part in ("values", "offsets", "shapes"))
+        values, offsets, shapes = (
+            found[f"extracted_feature/{name}.{part}"] for part in ("values", "offsets", "shapes")
+        )
         assert f"extracted_feature/{name}" not in found
         assert offsets.shape == (25,) and offsets.dtype == np.int64
         assert shapes.shape == (24, 1) and shapes.dtype == np.int64
         for row, expected in enumerate(rows[name]):
             part = values[offsets[row] : offsets[row + 1]]
             if name == "ragged":
-                np.testing.assert_array_equal(part.reshape([size for size in shapes[row] if size >= 0]), expected)
+                np.testing.assert_array_equal(
+                    part.reshape([size for size in shapes[row] if size >= 0]), expected
+                )
             else:
                 assert values.dtype == np.uint8
                 assert part.tobytes() == (expected.encode() if name == "camera" else expected)
@@ -130,7 +134,11 @@ def test_the_manifest_says_what_is_there(trace_dir: Path, tmp_path: Path) -> Non
         "format_version", "model_name", "version_name", "fingerprint", "tables", "members", "rows_recorded",
         "rows_written", "rows_deduplicated", "discarded", "ranks",
     ]  # fmt: skip
-    assert (document["model_name"], document["version_name"], document["fingerprint"]) == ("model", "v1", "f" * 64)
+    assert (document["model_name"], document["version_name"], document["fingerprint"]) == (
+        "model",
+        "v1",
+        "f" * 64,
+    )
     assert document["rows_recorded"] == 24
     assert document["rows_written"] == len(members(path)["extracted_feature/row_id"]) < 24
     assert document["rows_written"] + document["rows_deduplicated"] == 24
@@ -172,7 +180,12 @@ def test_an_absent_epoch_gives_empty_tables(trace_dir: Path, tmp_path: Path) -> 
     assert all(len(values) in (0, 1) for values in members(path).values())
     assert members(path)["extracted_feature/features"].shape == (0, 4)
     document = manifest(path)
-    assert document["rows_recorded"] == document["rows_written"] == document["tables"]["ground_truth"]["rows"] == 0
+    assert (
+        document["rows_recorded"]
+        == document["rows_written"]
+        == document["tables"]["ground_truth"]["rows"]
+        == 0
+    )
     assert load_export(path).epochs == []
 
 
@@ -194,9 +207,12 @@ def test_two_exports_of_the_same_rows_are_equal_byte_for_byte(trace_dir: Path, t
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_streamed_columns_equal_small_ones(trace_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_columns_equal_small_ones(
+    trace_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = export_trace(trace_dir, tmp_path / "whole.zip")
-    monkeypatch.setattr(tables, "_SMALL_COLUMN_BYTES", 0)
+    monkeypatch.setattr(tables, "_SPOOLED_BYTES", 0)
+    monkeypatch.setattr(tables, "_SPOOLED_BYTES_A_CALL", 0)
     streamed = export_trace(trace_dir, tmp_path / "streamed.zip")
     assert whole.read_bytes() == streamed.read_bytes()
 
@@ -212,7 +228,9 @@ def test_members_are_stored_and_their_values_aligned(trace_dir: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("dedupe", [True, False])
-@pytest.mark.parametrize("selection", [{}, {"n_epoch": 1}, {"n_epoch": -1}, {"dataset_type": "val"}, {"dedupe": True}])
+@pytest.mark.parametrize(
+    "selection", [{}, {"n_epoch": 1}, {"n_epoch": -1}, {"dataset_type": "val"}, {"dedupe": True}]
+)
 def test_an_export_has_the_face_of_its_trace(
     trace_dir: Path, tmp_path: Path, dedupe: bool, selection: dict[str, Any]
 ) -> None:
@@ -252,7 +270,9 @@ def test_an_export_checks_arguments_like_a_trace(trace_dir: Path, tmp_path: Path
     assert not (tmp_path / "none.zip").exists()
 
 
-@pytest.mark.parametrize(("n_epoch", "error"), [(True, TypeError), (1.5, TypeError), ("1", TypeError), (-2, ValueError)])
+@pytest.mark.parametrize(
+    ("n_epoch", "error"), [(True, TypeError), (1.5, TypeError), ("1", TypeError), (-2, ValueError)]
+)
 def test_a_wrong_epoch_is_refused_before_anything_is_written(
     trace_dir: Path, tmp_path: Path, n_epoch: Any, error: type[Exception]
 ) -> None:
@@ -295,7 +315,9 @@ def test_an_unwritable_place_is_a_storage_error(trace_dir: Path) -> None:
         export_trace(trace_dir, "/proc/none/x.zip")
 
 
-def test_progress_counts_to_the_end(trace_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_to_the_end(
+    trace_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[tuple[int, int]] = []
     export_trace(trace_dir, tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1][0] == seen[-1][1] > 0
@@ -307,7 +329,11 @@ def test_progress_counts_to_the_end(trace_dir: Path, tmp_path: Path, capsys: pyt
         export_trace(trace_dir, tmp_path, progress="yes")
 
 
-def test_an_epoch_dropped_in_the_middle_is_left_out_whole(trace_dir: Path, tmp_path: Path) -> None:
+def test_an_epoch_dropped_in_the_middle_is_left_out_whole(
+    trace_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_SPOOLED_BYTES", 0)
+    monkeypatch.setattr(tables, "_SPOOLED_BYTES_A_CALL", 0)
     dropped = threading.Event()
 
     def drop(done: int, total: int) -> None:
@@ -325,7 +351,8 @@ def test_huge_pieces_and_partly_kept_calls_stream(tmp_path: Path, monkeypatch: p
     from ml_debugger.exporting import streams
 
     monkeypatch.setattr(streams, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(tables, "_SMALL_COLUMN_BYTES", 0)
+    monkeypatch.setattr(tables, "_SPOOLED_BYTES", 0)
+    monkeypatch.setattr(tables, "_SPOOLED_BYTES_A_CALL", 0)
     writer = FormatWriter(tmp_path / "data")
     values = np.arange(8 * 500, dtype="<f4").reshape(8, 500)
     half = np.arange(8 * 500, dtype="<u2").reshape(8, 500)

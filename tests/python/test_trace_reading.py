@@ -1,4 +1,4 @@
-"""Reading a trace: order, selection, dtypes, shapes. Traces are written from the format document, not by our writer."""
+"""Reading a trace: order, selection, dtypes, shapes; of traces that are written from the format document."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from format_writer import Column, FormatWriter
 
-from ml_debugger.errors import CorruptDataError, InvalidInputError, InvalidTypeError, NotFoundError, StorageError
+from format_writer import Column, FormatWriter
+from ml_debugger.errors import (
+    CorruptDataError,
+    InvalidInputError,
+    InvalidTypeError,
+    NotFoundError,
+    StorageError,
+)
 from ml_debugger.trace import Trace, open_trace
 
 TABLES = ("extracted_feature", "ground_truth")
@@ -36,7 +42,15 @@ def order(trace: Trace, table: str = "extracted_feature", **selection: object) -
 
 def test_rows_are_ordered_by_epoch_attempt_call_and_rank(tmp_path: Path) -> None:
     writer = FormatWriter(tmp_path)
-    places = [(1, 0, 5, 0), (0, 1, 2, 0), (0, 0, 7, 1), (0, 0, 7, 0), (0, 0, 3, 1), (None, 0, 9, 0), (0, 0, 10, 0)]
+    places = [
+        (1, 0, 5, 0),
+        (0, 1, 2, 0),
+        (0, 0, 7, 1),
+        (0, 0, 7, 0),
+        (0, 0, 3, 1),
+        (None, 0, 9, 0),
+        (0, 0, 10, 0),
+    ]
     for epoch, attempt, call, rank in places:
         name = f"{-1 if epoch is None else epoch}/{attempt}/{call:02d}/{rank}"
         writer.call(call, [name], features(call), labels(rank), epoch=epoch, attempt=attempt, rank=rank)
@@ -74,7 +88,9 @@ def test_chunks_may_lie_in_an_earlier_segment_in_pieces_or_inline(tmp_path: Path
     values = np.arange(999, dtype="<f8").reshape(3, 333)
     columns = {"features": Column(values), "logits": Column(values[:, :2])}
     writer.segment(0, sequence=0)
-    writer.call(0, list("abc"), columns, sequence=1, chunk_sequence=0, pieces=7, inline=["logits", "input_id"])
+    writer.call(
+        0, list("abc"), columns, sequence=1, chunk_sequence=0, pieces=7, inline=["logits", "input_id"]
+    )
     arrays = opened(writer).arrays("extracted_feature")
     np.testing.assert_array_equal(arrays["features"], values)
     np.testing.assert_array_equal(arrays["logits"], values[:, :2])
@@ -125,14 +141,14 @@ def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
     for read in (trace.num_rows, trace.arrays, trace.tensors, trace.iter_batches):
         with pytest.raises(InvalidInputError, match="at least -1"):
             read("extracted_feature", n_epoch=-2)
-        with pytest.raises(InvalidInputError, match="no table 'features'.*extracted_feature"):
+        with pytest.raises(InvalidInputError, match=r"no table 'features'.*extracted_feature"):
             read("features")
         with pytest.raises(InvalidTypeError, match="dataset_type"):
             read("extracted_feature", dataset_type=1)
     with pytest.raises(InvalidInputError):
         trace.columns("labels")
     for read in (trace.arrays, trace.tensors, trace.iter_batches):
-        with pytest.raises(InvalidInputError, match="no column 'logit'.*'features'"):
+        with pytest.raises(InvalidInputError, match=r"no column 'logit'.*'features'"):
             read("extracted_feature", columns=["logit"])
         with pytest.raises(InvalidTypeError, match=r"pass \['features'\]"):
             read("extracted_feature", columns="features")
@@ -146,7 +162,14 @@ def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:
     writer = FormatWriter(tmp_path)
     writer.call(0, ["a"], {**features(1), "logits": Column(np.ones((1, 2), "<f4"))})
     trace = opened(writer)
-    assert trace.columns("extracted_feature") == ["row_id", "input_id", "dataset_type", "n_epoch", "features", "logits"]
+    assert trace.columns("extracted_feature") == [
+        "row_id",
+        "input_id",
+        "dataset_type",
+        "n_epoch",
+        "features",
+        "logits",
+    ]
     assert list(trace.arrays("extracted_feature", columns=["logits", "input_id"])) == ["logits", "input_id"]
     assert trace.arrays("extracted_feature", columns=[]) == {}
 
@@ -183,7 +206,9 @@ def test_text_is_numpy_text_unless_it_is_wide_or_ends_in_nul(tmp_path: Path) -> 
     writer.call(0, ["", "1", "2"], {name: Column(values, "str") for name, values in texts.items()})
     trace = opened(writer)
     arrays = trace.arrays("extracted_feature")
-    assert arrays["plain"].dtype == "<U256" and arrays["wide"].dtype == object and arrays["nul"].dtype == object
+    assert (
+        arrays["plain"].dtype == "<U256" and arrays["wide"].dtype == object and arrays["nul"].dtype == object
+    )
     for name, values in texts.items():
         assert arrays[name].tolist() == values
         assert trace.tensors("extracted_feature")[name] == values
@@ -194,9 +219,9 @@ def test_every_dtype_comes_back_bit_for_bit_and_widens_without_loss(tmp_path: Pa
     writer = FormatWriter(tmp_path)
     generator = np.random.default_rng(7)
     names = [
-        "float64", "float32", "float16", "bfloat16", "complex64", "complex128", "complex32", "bool", "uint8", "uint16",
-        "uint32", "uint64", "int8", "int16", "int32", "int64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
-        "float8_e5m2fnuz",
+        "float64", "float32", "float16", "bfloat16", "complex64", "complex128", "complex32", "bool",
+        "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+        "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
     ]  # fmt: skip
     recorded = {}
     for name in names:
@@ -219,7 +244,9 @@ def test_every_dtype_comes_back_bit_for_bit_and_widens_without_loss(tmp_path: Pa
 
 def _raw(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.contiguous()
-    return tensor.view(torch.uint8).reshape(*tensor.shape, -1).numpy().view(f"V{tensor.element_size()}")[..., 0]
+    return (
+        tensor.view(torch.uint8).reshape(*tensor.shape, -1).numpy().view(f"V{tensor.element_size()}")[..., 0]
+    )
 
 
 def test_broadcast_columns_are_repeated_for_every_row(tmp_path: Path) -> None:
@@ -238,12 +265,16 @@ def test_rows_of_differing_shape_are_object_arrays_and_lists(tmp_path: Path) -> 
     writer = FormatWriter(tmp_path)
     within = [np.arange(6, dtype="<f4").reshape(2, 3), np.array(5, "<f4"), np.empty((0, 4), "<f4")]
     writer.call(0, list("abc"), {"features": Column(within), "length": Column(np.zeros((3, 2), "<f4"))})
-    writer.call(1, list("de"), {"features": Column(np.ones((2, 7), "<f4")), "length": Column(np.zeros((2, 4), "<f4"))})
+    writer.call(
+        1, list("de"), {"features": Column(np.ones((2, 7), "<f4")), "length": Column(np.zeros((2, 4), "<f4"))}
+    )
     trace = opened(writer)
     expected = [*within, np.ones(7, "<f4"), np.ones(7, "<f4")]
     array = trace.arrays("extracted_feature")["features"]
     assert array.dtype == object and array.shape == (5,)
-    for found, tensor, value in zip(array, trace.tensors("extracted_feature")["features"], expected, strict=True):
+    for found, tensor, value in zip(
+        array, trace.tensors("extracted_feature")["features"], expected, strict=True
+    ):
         np.testing.assert_array_equal(found, value)
         assert found.shape == value.shape and tuple(tensor.shape) == value.shape
     assert [row.shape for row in trace.arrays("extracted_feature")["length"]] == [(2,)] * 3 + [(4,)] * 2
@@ -263,7 +294,13 @@ def test_a_column_that_some_calls_lack_has_none_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("first", "second", "common"),
-    [("<f2", "<f4", "f4"), ("<i4", "<f8", "f8"), ("?", "i1", "i1"), ("u1", "<i2", "i2"), ("<f4", "<c8", "c8")],
+    [
+        ("<f2", "<f4", "f4"),
+        ("<i4", "<f8", "f8"),
+        ("?", "i1", "i1"),
+        ("u1", "<i2", "i2"),
+        ("<f4", "<c8", "c8"),
+    ],
 )
 def test_several_dtypes_take_the_common_one_where_nothing_is_lost(
     tmp_path: Path, first: str, second: str, common: str
@@ -329,7 +366,9 @@ def test_a_ground_truth_row_goes_with_its_feature_row(tmp_path: Path) -> None:
 def test_batches_are_the_rows_in_order(tmp_path: Path, batch_size: int) -> None:
     writer = FormatWriter(tmp_path)
     for call in range(6):
-        writer.call(call, [f"{call}-{row}" for row in range(call + 1)], features(*range(call + 1)), epoch=call // 3)
+        writer.call(
+            call, [f"{call}-{row}" for row in range(call + 1)], features(*range(call + 1)), epoch=call // 3
+        )
     trace = opened(writer)
     batches = list(trace.iter_batches("extracted_feature", batch_size=batch_size))
     whole = trace.arrays("extracted_feature")

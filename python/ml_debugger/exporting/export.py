@@ -14,10 +14,10 @@ from ml_debugger.exporting import manifest
 from ml_debugger.exporting.naming import default_name, resolve_output
 from ml_debugger.exporting.npy_zip import NpyZipWriter
 from ml_debugger.exporting.progress import Progress, ProgressCallback
-from ml_debugger.exporting.tables import TableWriter
+from ml_debugger.exporting.spool import SpoolPlace
+from ml_debugger.exporting.tables import TablesWriter
 from ml_debugger.store import layout
 from ml_debugger.trace.catalog import retry_vanished
-from ml_debugger.trace.header import TABLES
 from ml_debugger.trace.store_source import Choice
 from ml_debugger.trace.trace import check_epoch
 
@@ -33,26 +33,30 @@ def export_trace(
 ) -> Path:
     """Write what is committed of a trace into a ZIP of npy members with a `manifest.json`.
 
-    Blocks until the file is complete and durable. Memory: some blocks of 8 MiB, 8 bytes a call and, with ``dedupe``, at most
-    24 bytes a row. Two exports of the same rows are equal byte for byte.
+    Blocks until the file is complete and durable. Memory: some blocks of 8 MiB, 8 bytes a call and, with
+    ``dedupe``, at most 24 bytes a row. Two exports of the same rows are equal byte for byte.
 
     Args:
         trace_dir: Directory of the (model, version).
-        output_path: A file that ends in ``.zip``, or a directory (made if missing); None: the current directory.
+        output_path: A file that ends in ``.zip``, or a directory (made if missing); None: the current
+            directory.
         n_epoch: The epoch; -1: rows without one; None: all. An epoch that is not there gives empty tables.
         format: ``"npy"``.
         dedupe: Of the rows with an epoch, keep only the newest for each (dataset_type, n_epoch, input_id).
-        progress: True or False; None: a line on a terminal only; or a callable that takes (bytes done, bytes in all).
+        progress: True or False; None: a line on a terminal only; or a callable that takes (bytes done, bytes
+            in all).
 
     Returns:
         The file that was written; an existing one was replaced atomically.
 
     Raises:
-        InvalidInputError: An ``n_epoch`` below -1, an unknown format, an output path that leads through a file.
+        InvalidInputError: An ``n_epoch`` below -1, an unknown format, an output path that leads through a
+            file.
         InvalidTypeError: An argument of another type.
         NotFoundError: No such trace, or its epochs are dropped faster than they can be read.
         CorruptDataError: Stored bytes are not what was written.
-        StorageError: The output cannot be written; or a column of several dtypes that no numpy type holds without loss.
+        StorageError: The output cannot be written; or a column of several dtypes that no numpy type holds
+            without loss.
     """
     epoch = check_epoch(n_epoch)
     if format != "npy":
@@ -67,7 +71,12 @@ def export_trace(
 
 
 def _replace(
-    path: Path, trace_dir: Path, info: layout.VersionInfo, n_epoch: int | None, dedupe: bool, progress: Progress
+    path: Path,
+    trace_dir: Path,
+    info: layout.VersionInfo,
+    n_epoch: int | None,
+    dedupe: bool,
+    progress: Progress,
 ) -> None:
     with _temporary(path.parent) as (file, temporary):
         _write_archive(file, path.parent, trace_dir, info, Choice(trace_dir, n_epoch, None, dedupe), progress)
@@ -78,17 +87,20 @@ def _replace(
 
 
 def _write_archive(
-    file: IO[bytes], spool_dir: Path, trace_dir: Path, info: layout.VersionInfo, choice: Choice, progress: Progress
+    file: IO[bytes],
+    spool_dir: Path,
+    trace_dir: Path,
+    info: layout.VersionInfo,
+    choice: Choice,
+    progress: Progress,
 ) -> None:
-    with NpyZipWriter(file) as archive:
-        writers = {table: TableWriter(archive, choice, table, spool_dir) for table in TABLES}
-        progress.start(sum(writer.planned_bytes for writer in writers.values()))
+    with SpoolPlace(spool_dir) as place, NpyZipWriter(file) as archive:
         document: dict[str, Any] = {
             "format_version": manifest.FORMAT_VERSION,
             "model_name": info.model_name,
             "version_name": info.version_name,
             "fingerprint": info.fingerprint,
-            "tables": {table: writer.write(progress) for table, writer in writers.items()},
+            "tables": TablesWriter(archive, choice, place).write(progress),
         }
         document |= {
             "members": archive.members,
@@ -104,7 +116,7 @@ def _write_archive(
 
 @contextlib.contextmanager
 def _temporary(directory: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A new file in ``directory``, gone afterwards unless it was renamed. Its short name fits where the final one does."""
+    """A new file in ``directory``, gone afterwards unless renamed; its name is short enough anywhere."""
     path = directory / f".ml-debugger-{secrets.token_hex(8)}.tmp"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -131,5 +143,6 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}", "check that the directory is writable and has space"
+            f"cannot write {path}: {error.strerror or error}",
+            "check that the directory is writable and has space",
         ) from error

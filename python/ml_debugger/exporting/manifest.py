@@ -20,7 +20,7 @@ MANIFEST_NAME = "manifest.json"
 
 
 def column_entry(schema: ColumnSchema, written: np.dtype[Any], *, one_shape: bool) -> dict[str, Any]:
-    """What the manifest says about a column: recorded type, written dtype, shape of one row (null if it varies)."""
+    """A column in the manifest: recorded type, written dtype, shape of one row (null if it varies)."""
     return {
         "recorded": recorded_label(schema),
         "written": written.str if written.kind == "U" else written.name,

@@ -16,7 +16,7 @@ _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]')
 
 
 def default_name(model_name: str, version_name: str, n_epoch: int | None) -> str:
-    """File name ``<model_name>_<version_name>[_epoch<n>].zip``, made safe: at most 255 bytes, no separators."""
+    """File name ``<model_name>_<version_name>[_epoch<n>].zip``, safe: at most 255 bytes, no separators."""
     stem = f"{model_name}_{version_name}"
     end = ".zip" if n_epoch is None else f"_epoch{n_epoch}.zip"
     safe = _UNSAFE.sub("_", stem)
@@ -35,7 +35,8 @@ def resolve_output(output_path: str | os.PathLike[str] | None, name: str) -> Pat
     """The file to write.
 
     Args:
-        output_path: A directory, or a file that ends in ``.zip``; an existing directory stays one even with that ending.
+        output_path: A directory, or a file that ends in ``.zip``; an existing directory stays one even with
+            that ending.
             None: the current directory.
         name: File name to use in a directory.
 
@@ -51,7 +52,9 @@ def resolve_output(output_path: str | os.PathLike[str] | None, name: str) -> Pat
         )
     text = os.fspath(output_path)
     if not text or "\0" in text:
-        raise InvalidInputError(f"output_path must be a non-empty path, got {text!r}", "name a file or a directory")
+        raise InvalidInputError(
+            f"output_path must be a non-empty path, got {text!r}", "name a file or a directory"
+        )
     path = Path(text)
     if path.is_dir() or not text.lower().endswith(".zip"):
         path = path / name

@@ -1,7 +1,7 @@
 """A ZIP of npy members that is written once, front to back, with the SHA-256 of every member.
 
-Members are stored uncompressed and start at multiples of 64 bytes, so that readers can map them. Nothing in the file depends
-on when or where it was written.
+Members are stored uncompressed and start at multiples of 64 bytes, so that readers can map them. Nothing in
+the file depends on when or where it was written.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class MemberWriter:
         self.write(buffer.getvalue())
 
     def write(self, data: bytes | Array) -> None:
-        """Append bytes, or a contiguous array; an array must not change until the next `write` has returned."""
+        """Append bytes or a contiguous array, which must not change until the next `write` has returned."""
         view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
         if not view.size:
             return
         self._wait()
-        self._hashed = self._hasher.submit(self._sha256.update, view)
-        self._member.write(view)
+        self._hashed = self._hasher.submit(self._sha256.update, view.data)
+        self._member.write(view.data)
         self.length_bytes += view.nbytes
 
     def sha256(self) -> str:

@@ -15,14 +15,14 @@ _INTERVAL_S = 0.2
 
 
 class Progress:
-    """Counts written bytes and shows them."""
+    """Counts written bytes and shows them.
+
+    Args:
+        progress: True or False; None: a line on standard error if it is a terminal; or a callable that takes
+            (bytes done, bytes in all).
+    """
 
     def __init__(self, progress: bool | ProgressCallback | None) -> None:
-        """
-        Args:
-            progress: True or False; None: a line on standard error if it is a terminal; or a callable that takes
-                (bytes done, bytes in all).
-        """
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
             raise InvalidTypeError(
                 f"progress must be a bool, a callable or None, got {type(progress).__name__}",

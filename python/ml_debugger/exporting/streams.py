@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from ml_debugger.trace.catalog import SegmentRef, Snapshot
-from ml_debugger.trace.columns import KeptCall, PieceReader, RaggedRows, read_columns
+from ml_debugger.trace.columns import KeptCall, PieceReader, read_columns
 from ml_debugger.trace.dtypes import Array, RecordedDtype, recorded_dtype, widen
 from ml_debugger.trace.header import INLINE, Call, Piece
 from ml_debugger.trace.schema import ColumnSchema
-from ml_debugger.trace.source import Selection
 from ml_debugger.trace.store_source import BLOCK_BYTES, Choice
-
-_UINT8 = recorded_dtype("uint8")
 
 
 @dataclass
@@ -29,7 +26,11 @@ class _PieceBlock:
 
     def read(self, snapshot: Snapshot, buffer: Array, written: np.dtype[Any]) -> Array:
         """The elements as numpy values; a view of ``buffer`` where nothing has to be converted."""
-        out = buffer[: self.length_bytes] if self.length_bytes <= buffer.size else np.empty(self.length_bytes, np.uint8)
+        out = (
+            buffer[: self.length_bytes]
+            if self.length_bytes <= buffer.size
+            else np.empty(self.length_bytes, np.uint8)
+        )
         reader = PieceReader(snapshot)
         offset = 0
         for call, piece in self.pieces:
@@ -47,8 +48,8 @@ class _PieceBlock:
 def dense_stream(choice: Choice, schema: ColumnSchema) -> Iterator[Array]:
     """The rows of a recorded dense column, as flat arrays of its written dtype.
 
-    Works piece by piece, so that a huge call takes no more memory than a small one. An array is valid until the second next
-    one is asked for.
+    Works piece by piece, so that a huge call takes no more memory than a small one. An array is valid until
+    the second next one is asked for.
     """
     buffers = [np.empty(BLOCK_BYTES, np.uint8), np.empty(BLOCK_BYTES, np.uint8)]
     written = schema.written
@@ -70,7 +71,9 @@ def dense_stream(choice: Choice, schema: ColumnSchema) -> Iterator[Array]:
             continue
         dtype, found = pieces
         for piece in found:
-            full = block is not None and (block.length_bytes + piece.length_bytes > BLOCK_BYTES or block.dtype != dtype)
+            full = block is not None and (
+                block.length_bytes + piece.length_bytes > BLOCK_BYTES or block.dtype != dtype
+            )
             if block is not None and full:
                 yield read(block)
                 block = None
@@ -82,7 +85,7 @@ def dense_stream(choice: Choice, schema: ColumnSchema) -> Iterator[Array]:
 
 
 def _whole_pieces(kept: KeptCall, schema: ColumnSchema) -> tuple[RecordedDtype, list[Piece]] | None:
-    """Pieces that hold the rows as they are written, element by element; None where rows have to be picked or repeated."""
+    """Pieces that hold all rows, element by element; None where rows have to be picked or repeated."""
     column = kept.call.description.column(schema.table, schema.name)
     if column is None or column.broadcast or kept.keep is not None:
         return None
@@ -91,29 +94,3 @@ def _whole_pieces(kept: KeptCall, schema: ColumnSchema) -> tuple[RecordedDtype, 
     if any(piece.length_bytes % dtype.raw.itemsize for piece in pieces):
         return None
     return dtype, pieces
-
-
-def block_stream(selection: Selection, schema: ColumnSchema, dtype: np.dtype[Any]) -> Iterator[Array]:
-    """The rows of any other column that makes one array: texts, row ids and epochs."""
-    for block in selection.blocks([schema], raw=False):
-        yield np.asarray(block.values[schema.name], dtype)
-
-
-def ragged_stream(selection: Selection, schema: ColumnSchema) -> Iterator[RaggedRows]:
-    """Runs of rows that differ in shape; text and bytes as uint8, one dimension."""
-    for block in selection.blocks([schema], raw=False):
-        values = block.values[schema.name]
-        if schema.is_list:
-            yield _encoded(list(values), schema.is_text)
-        else:
-            for run in values:
-                assert isinstance(run, RaggedRows)
-                yield run
-
-
-def _encoded(values: list[Any], is_text: bool) -> RaggedRows:
-    encoded = [b"" if value is None else value.encode() if is_text else value for value in values]
-    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    shapes = lengths.copy()
-    shapes[[value is None for value in values]] = -1
-    return RaggedRows(np.frombuffer(b"".join(encoded), np.uint8), _UINT8, lengths, shapes.reshape(-1, 1))

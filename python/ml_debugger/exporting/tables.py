@@ -1,159 +1,102 @@
-"""Writing one table of a trace as npy members."""
+"""Writing the tables of a trace as npy members."""
 
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import Any
 
 from ml_debugger.exporting.manifest import column_entry
-from ml_debugger.exporting.npy_zip import MemberWriter, NpyZipWriter
+from ml_debugger.exporting.npy_zip import NpyZipWriter
 from ml_debugger.exporting.progress import Progress
-from ml_debugger.exporting.streams import block_stream, dense_stream, ragged_stream
-from ml_debugger.trace.assemble import read_arrays
-from ml_debugger.trace.columns import RaggedRows
-from ml_debugger.trace.dtypes import Array
+from ml_debugger.exporting.spool import DenseSpool, SpoolPlace, VariedSpool
+from ml_debugger.exporting.streams import dense_stream
+from ml_debugger.trace.columns import KeptCall, read_columns
+from ml_debugger.trace.header import FEATURES, GROUND_TRUTH, TABLES
 from ml_debugger.trace.schema import BASE_COLUMNS, ColumnSchema
-from ml_debugger.trace.store_source import Choice, StoreSelection
+from ml_debugger.trace.store_source import Choice, call_blocks
 
-# Small columns are read together, in one pass over the headers; larger ones stream, one pass each.
-_SMALL_COLUMN_BYTES = 4 << 20
-_SMALL_COLUMNS_BYTES = 32 << 20
-_COPY_BYTES = 4 << 20
+# A pass over the headers costs time by the call, a spool by the byte: columns with few bytes a call share one
+# pass.
+_SPOOLED_BYTES_A_CALL = 8 << 10
+_SPOOLED_BYTES = 4 << 20
 
 
-class TableWriter:
-    """Writes the columns of one table; every column has one row order."""
+class TablesWriter:
+    """Writes the columns of both tables; every column of a table has one row order."""
 
-    def __init__(self, archive: NpyZipWriter, choice: Choice, table: str, spool_dir: Path) -> None:
-        """``spool_dir`` takes temporary files while columns of differing shapes are written."""
+    def __init__(self, archive: NpyZipWriter, choice: Choice, place: SpoolPlace) -> None:
+        """``place`` takes temporary files of small columns and of columns whose rows differ in shape."""
         self._archive = archive
         self._choice = choice
-        self._table = table
-        self._spool_dir = spool_dir
-        self._selection = StoreSelection(choice, table)
-        self._schemas = self._selection.schemas(None, extents=True)
-
-    @property
-    def planned_bytes(self) -> int:
-        """Bytes that will be written, without columns of differing shapes, whose size nobody knows yet."""
-        return sum(self._array_bytes(schema) for schema in self._schemas if _makes_one_array(schema))
+        self._schemas = {table: list(choice.known_columns(table).values()) for table in TABLES}
+        self._spools: dict[tuple[str, str], DenseSpool | VariedSpool] = {}
+        for schema in _both(self._schemas):
+            if not schema.is_dense:
+                self._spools[schema.table, schema.name] = VariedSpool(schema, place)
+            elif not self._streams(schema):
+                self._spools[schema.table, schema.name] = DenseSpool(schema, place)
 
     def write(self, progress: Progress) -> dict[str, Any]:
-        """Write all members; returns the table's entry of the manifest.
+        """Write all members; returns the manifest's entries of the tables.
 
         Raises:
             StorageError: A column of several dtypes has no common one, or the disk refused.
             CorruptDataError: Stored bytes are not what was written.
             VanishedError: An epoch has been dropped.
         """
-        small = read_arrays(self._selection, self._small())
-        columns = {}
-        for schema in self._schemas:
-            columns[schema.name] = self._write_column(schema, small.pop(schema.name, None), progress)
-        return {"rows": self._selection.rows, "columns": columns}
+        self._fill_spools()
+        planned = sum(spool.planned_bytes for spool in self._spools.values())
+        streamed = [schema for schema in _both(self._schemas) if self._streams(schema)]
+        progress.start(planned + sum(self._array_bytes(schema) for schema in streamed))
+        tables = {}
+        for table in TABLES:
+            columns = {schema.name: self._write_column(schema, progress) for schema in self._schemas[table]}
+            tables[table] = {"rows": self._choice.rows(table), "columns": columns}
+        return tables
 
-    def _small(self) -> list[ColumnSchema]:
-        chosen, left = [], _SMALL_COLUMNS_BYTES
-        for schema in self._schemas:
-            if _makes_one_array(schema) and (size := self._array_bytes(schema)) <= min(_SMALL_COLUMN_BYTES, left):
-                chosen.append(schema)
-                left -= size
-        return chosen
+    def _streams(self, schema: ColumnSchema) -> bool:
+        """Whether a column goes straight into its member, in a pass of its own."""
+        if not schema.is_dense or schema.name in BASE_COLUMNS:
+            return False
+        return self._array_bytes(schema) > max(
+            _SPOOLED_BYTES, _SPOOLED_BYTES_A_CALL * self._choice.snapshot.num_calls
+        )
 
     def _array_bytes(self, schema: ColumnSchema) -> int:
-        return self._selection.rows * math.prod(schema.row_shape) * _written_dtype(schema).itemsize
+        return self._choice.rows(schema.table) * math.prod(schema.row_shape) * schema.written.itemsize
 
-    def _write_column(self, schema: ColumnSchema, values: Array | None, progress: Progress) -> dict[str, Any]:
-        name = f"{self._table}/{schema.name}"
-        if not _makes_one_array(schema):
-            return column_entry(schema, self._write_ragged(name, schema, progress), one_shape=False)
-        dtype = _written_dtype(schema)
+    def _fill_spools(self) -> None:
+        spooled = {
+            table: [schema for schema in self._schemas[table] if (table, schema.name) in self._spools]
+            for table in TABLES
+        }
+        for block in call_blocks(
+            self._choice.kept_calls(FEATURES), [*spooled[FEATURES], *spooled[GROUND_TRUTH]]
+        ):
+            self._spool(block, spooled[FEATURES])
+            self._spool([kept for kept in block if kept.call.ground_truth_rows], spooled[GROUND_TRUTH])
+
+    def _spool(self, block: list[KeptCall], schemas: list[ColumnSchema]) -> None:
+        if not block:
+            return
+        values = read_columns(self._choice.snapshot, block, schemas, raw=False)
+        for schema in schemas:
+            self._spools[schema.table, schema.name].add(values[schema.name])
+
+    def _write_column(self, schema: ColumnSchema, progress: Progress) -> dict[str, Any]:
+        name = f"{schema.table}/{schema.name}"
+        spool = self._spools.pop((schema.table, schema.name), None)
+        if spool is not None:
+            return spool.write(self._archive, name, progress)
         with self._archive.member(f"{name}.npy") as member:
-            member.write_npy_header(dtype, (self._selection.rows, *schema.row_shape))
+            member.write_npy_header(schema.written, (self._choice.rows(schema.table), *schema.row_shape))
             header_bytes = member.length_bytes
-            for part in self._parts(schema, dtype) if values is None else (values,):
+            for part in dense_stream(self._choice, schema):
                 member.write(part)
                 progress.advance(part.nbytes)
             assert member.length_bytes - header_bytes == self._array_bytes(schema)
-        return column_entry(schema, dtype, one_shape=True)
-
-    def _parts(self, schema: ColumnSchema, dtype: np.dtype[Any]) -> Iterator[Array]:
-        if schema.is_list or schema.name in BASE_COLUMNS:
-            return block_stream(self._selection, schema, dtype)
-        return dense_stream(self._choice, schema)
-
-    def _write_ragged(self, name: str, schema: ColumnSchema, progress: Progress) -> np.dtype[Any]:
-        """Write the three members of a column whose rows differ in shape; returns the dtype of its elements."""
-        dtype = np.dtype(np.uint8) if schema.is_list else schema.written
-        elements, ndim = self._measure(schema)
-        rows = self._selection.rows
-        with (
-            tempfile.TemporaryFile(dir=self._spool_dir) as offsets,
-            tempfile.TemporaryFile(dir=self._spool_dir) as shapes,
-        ):
-            with self._archive.member(f"{name}.values.npy") as member:
-                member.write_npy_header(dtype, (elements,))
-                self._write_values(member, schema, ndim, (offsets, shapes), progress)
-            for suffix, spooled, shape in (("offsets", offsets, (rows + 1,)), ("shapes", shapes, (rows, ndim))):
-                with self._archive.member(f"{name}.{suffix}.npy") as member:
-                    member.write_npy_header(np.dtype("<i8"), shape)
-                    _copy(spooled, member)
-        return dtype
-
-    def _measure(self, schema: ColumnSchema) -> tuple[int, int]:
-        """(elements, largest number of dimensions) of a column."""
-        elements, ndim = 0, 1 if schema.is_list else 0
-        for run in ragged_stream(self._selection, schema):
-            elements += int(run.lengths.sum())
-            # Rows padded from a wider neighbour that was left out do not count.
-            used = np.flatnonzero((run.shapes >= 0).any(axis=0))
-            ndim = max(ndim, run.shapes.shape[1] - int(used[0]) if used.size else 0)
-        return elements, ndim
-
-    def _write_values(
-        self,
-        member: MemberWriter,
-        schema: ColumnSchema,
-        ndim: int,
-        spools: tuple[IO[bytes], IO[bytes]],
-        progress: Progress,
-    ) -> None:
-        offsets, shapes = spools
-        end = 0
-        offsets.write(np.zeros(1, "<i8").tobytes())
-        for run in ragged_stream(self._selection, schema):
-            member.write(np.ascontiguousarray(run.values))
-            ends = end + np.cumsum(run.lengths, dtype="<i8")
-            end = int(ends[-1]) if ends.size else end
-            offsets.write(ends.tobytes())
-            shapes.write(_padded(run, ndim).tobytes())
-            progress.advance(run.values.nbytes)
+        return column_entry(schema, schema.written, one_shape=True)
 
 
-def _padded(run: RaggedRows, ndim: int) -> Array:
-    """Shapes with exactly ``ndim`` columns: -1 in front added, or cut off where no row needs it."""
-    rows, found = run.shapes.shape
-    padded = np.full((rows, ndim), -1, "<i8")
-    common = min(ndim, found)
-    if common:
-        padded[:, ndim - common :] = run.shapes[:, found - common :]
-    return padded
-
-
-def _copy(spooled: IO[bytes], member: MemberWriter) -> None:
-    spooled.seek(0)
-    while part := spooled.read(_COPY_BYTES):
-        member.write(part)
-
-
-def _makes_one_array(schema: ColumnSchema) -> bool:
-    return schema.is_dense or schema.fits_numpy_text
-
-
-def _written_dtype(schema: ColumnSchema) -> np.dtype[Any]:
-    return schema.extent.numpy_dtype if schema.is_text else schema.written
+def _both(schemas: dict[str, list[ColumnSchema]]) -> list[ColumnSchema]:
+    return [schema for table in TABLES for schema in schemas[table]]

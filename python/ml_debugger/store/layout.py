@@ -1,7 +1,7 @@
 """Paths and small JSON files of a trace, as `docs/record_format.md` describes them.
 
-Only names and listings live here: rows are written and read by `_core`. Nothing here opens an LMDB environment, and
-nothing that lists ever creates a file.
+Only names and listings live here: rows are written and read by `_core`. Nothing here opens an LMDB
+environment, and nothing that lists ever creates a file.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class VersionInfo:
 
 
 def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Directory of all traces: the argument, else ``MLD_DATA_DIR``, else ``./mld_data``; absolute, not created."""
+    """Directory of all traces: the argument, ``MLD_DATA_DIR``, or ``./mld_data``; absolute, not created."""
     if data_dir is None:
         data_dir = os.environ.get("MLD_DATA_DIR") or DEFAULT_DATA_DIR
     elif not isinstance(data_dir, (str, os.PathLike)):
@@ -148,8 +148,8 @@ def partitions(rank_dir: Path) -> list[Partition]:
 def segments(partition_dir: Path) -> list[SegmentEntry]:
     """The segments of a partition by (attempt, sequence).
 
-    A directory without `segment.json` holds no row yet and is left out. ``usable`` is False for an unsealed segment of
-    durability ``process`` that carries another boot id than this machine.
+    A directory without `segment.json` holds no row yet and is left out. ``usable`` is False for an unsealed
+    segment of durability ``process`` that carries another boot id than this machine.
     """
     entries = []
     for match, path in _matching(partition_dir, _SEGMENT):
@@ -210,7 +210,8 @@ def read_version(trace_dir: Path) -> VersionInfo:
 def write_version(trace_dir: Path, info: VersionInfo, *, replace: bool = False) -> VersionInfo:
     """Record what a trace consists of; returns what stands there afterwards.
 
-    Ranks of one job come at the same moment: without ``replace`` the first one writes, the others get its content.
+    Ranks of one job come at the same moment: without ``replace`` the first one writes, the others get its
+    content.
     """
     make_directory(trace_dir)
     path = trace_dir / _VERSION_FILE
@@ -285,7 +286,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Replace ``path`` atomically and durably (mode 0600): temporary file, fsync, rename, fsync of the directory."""
+    """Replace ``path`` (mode 0600), atomic and durable: temporary file, fsync, rename, directory fsync."""
     with _storage_errors(f"write {path}"), _temporary_json(path, document) as temporary:
         os.replace(temporary, path)
         _sync_directory(path.parent)

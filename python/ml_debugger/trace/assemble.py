@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def allocate(schema: ColumnSchema, rows: int, raw: bool) -> Array:
+    """An array for a column's rows, not filled; of objects where they make no one array."""
     if schema.fits_numpy_text:
         return np.empty(rows, schema.extent.numpy_dtype)
     if schema.is_dense:
@@ -25,7 +26,7 @@ def allocate(schema: ColumnSchema, rows: int, raw: bool) -> Array:
 
 
 def read_arrays(selection: Selection, schemas: list[ColumnSchema], *, raw: bool = False) -> dict[str, Array]:
-    """All rows of a selection as numpy arrays; memory is taken once, and dense columns are read straight into it."""
+    """All rows as numpy arrays; memory is taken once, and dense columns are read straight into it."""
     arrays = {schema.name: allocate(schema, selection.rows, raw) for schema in schemas}
     out = {schema.name: arrays[schema.name] for schema in schemas if schema.is_dense}
     row = 0
@@ -51,13 +52,17 @@ def _is_ragged(values: ColumnValues) -> bool:
     return isinstance(values, list) and bool(values) and isinstance(values[0], RaggedRows)
 
 
-def iterate_batches(selection: Selection, schemas: list[ColumnSchema], batch_size: int) -> Iterator[dict[str, Array]]:
+def iterate_batches(
+    selection: Selection, schemas: list[ColumnSchema], batch_size: int
+) -> Iterator[dict[str, Array]]:
     """Rows of a selection in batches; rows that one read gave too many wait for the next batch."""
     kept: dict[str, Array] = {}
     kept_rows = 0
     checks: list[Callable[[], None]] = []
     for block in selection.blocks(schemas, raw=False, max_rows=batch_size):
-        arrays = {schema.name: _block_array(schema, block.values[schema.name], block.rows) for schema in schemas}
+        arrays = {
+            schema.name: _block_array(schema, block.values[schema.name], block.rows) for schema in schemas
+        }
         if kept_rows:
             arrays = {name: np.concatenate([kept[name], values]) for name, values in arrays.items()}
         rows = kept_rows + block.rows
@@ -95,7 +100,7 @@ def _block_array(schema: ColumnSchema, values: ColumnValues, rows: int) -> Array
 
 
 def read_tensors(selection: Selection, schemas: list[ColumnSchema]) -> dict[str, torch.Tensor | list[Any]]:
-    """All rows of a selection as torch tensors in the recorded dtype; text, bytes and ragged rows as lists."""
+    """All rows as torch tensors in the recorded dtype; text, bytes and ragged rows as lists."""
     import torch
 
     dense = [schema for schema in schemas if schema.is_dense]

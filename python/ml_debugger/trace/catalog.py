@@ -1,8 +1,8 @@
 """Which calls a trace holds, in row order: by (epoch, attempt, call, rank).
 
-A snapshot remembers one integer for each call and reads the headers again whenever they are needed, so that its memory
-does not grow with what the headers say. Segments are opened for one bounded step at a time: nothing keeps a dropped epoch
-alive between two steps.
+A snapshot remembers one integer for each call and reads the headers again whenever they are needed, so that
+its memory does not grow with what the headers say. Segments are opened for one bounded step at a time:
+nothing keeps a dropped epoch alive between two steps.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _holds_calls(rank: int, partition: layout.Partition) -> bool:
 
 @dataclass
 class _Stream:
-    """The calls of one segment that belong to a snapshot: their keys, rising, and a read-ahead of decoded headers."""
+    """The calls of one segment that belong to a snapshot, by their keys, rising."""
 
     ref: SegmentRef
     keys: array[int] = field(default_factory=lambda: array("Q"))
@@ -142,7 +142,7 @@ class _Stream:
                 headers = segment.headers(after, _HEADERS_A_STEP)
                 for key, value in headers:
                     if position < len(self.keys) and key == self.keys[position]:
-                        call = decoder.decode(key, value)
+                        call = decoder.decode(key, value, is_checked=True)
                         assert isinstance(call, Call)
                         calls.append(call)
                         position += 1
@@ -151,7 +151,8 @@ class _Stream:
                 after = headers[-1][0]
         if not calls:
             raise CorruptDataError(
-                f"the header of call {self.keys[position]} has left {self.ref.path}", "restore the segment from a copy"
+                f"the header of call {self.keys[position]} has left {self.ref.path}",
+                "restore the segment from a copy",
             )
         return calls
 
@@ -197,7 +198,8 @@ class Snapshot:
     def calls(self) -> Iterator[Call]:
         """Every call in row order.
 
-        Holds no segment open while the consumer works. Raises VanishedError when the next call's epoch was dropped.
+        Holds no segment open while the consumer works. Raises VanishedError when the next call's epoch was
+        dropped.
         """
         for group in sorted(self._groups):
             chains = [_chained(chain) for chain in _chains(self._groups[group])]
@@ -205,6 +207,11 @@ class Snapshot:
                 yield from chains[0]
             else:
                 yield from heapq.merge(*chains, key=lambda call: (call.call, call.rank))
+
+    @property
+    def num_calls(self) -> int:
+        """Number of calls."""
+        return sum(len(stream.keys) for streams in self._groups.values() for stream in streams)
 
     def segment(self, call: Call, sequence: int) -> SegmentRef:
         """The segment that holds a piece of a call."""
@@ -224,7 +231,9 @@ class Snapshot:
             self._torn.update((rank, partition.epoch, entry.attempt, entry.sequence) for entry in torn)
             claimed = 0
             for attempt in sorted({ref.attempt for ref in usable}):
-                found, last_call, referred = self._add_attempt([ref for ref in usable if ref.attempt == attempt])
+                found, last_call, referred = self._add_attempt(
+                    [ref for ref in usable if ref.attempt == attempt]
+                )
                 rows += found
                 last = max(last, (attempt, last_call))
                 claimed += referred
@@ -237,11 +246,12 @@ class Snapshot:
         self.ranks.append(RankSummary(rank, rows, last[1] if last[1] >= 0 else None))
 
     def _add_attempt(self, refs: Sequence[SegmentRef]) -> tuple[int, int, int]:
-        """Take in the calls of one partition and attempt; returns (rows, highest call number, bytes referred to)."""
+        """Take in the calls of a partition and attempt; returns (rows, last call, bytes referred to)."""
         rows, last_call, claimed = 0, -1, 0
         gaps: dict[int, Gap] = {}
         later = np.empty(0, np.uint64)
-        # A call found in two segments counts once. Newest first: a repeated commit is the one known to have succeeded.
+        # A call found in two segments counts once. Newest first: a repeated commit is the one known to have
+        # succeeded.
         for ref in reversed(refs):
             stream = _Stream(ref)
             decoder = _decoder(ref)
@@ -252,7 +262,7 @@ class Snapshot:
                     continue
                 if _contains(later, key) or not self._is_readable(ref, header):
                     continue
-                claimed += sum(piece.length_bytes for _, piece in header.chunks if piece.segment != INLINE)
+                claimed += sum(chunk[3] for chunk in header.chunks if chunk[1] != INLINE)
                 if self._accept(header):
                     stream.keys.append(key)
                     rows += header.rows
@@ -265,16 +275,16 @@ class Snapshot:
         return rows, last_call, claimed
 
     def _is_readable(self, ref: SegmentRef, call: Call) -> bool:
-        for _, piece in call.chunks:
-            if piece.segment in (INLINE, call.sequence):
+        for _, sequence, *_ in call.chunks:
+            if sequence in (INLINE, call.sequence):
                 continue
-            identity = (ref.rank, ref.epoch, ref.attempt, piece.segment)
+            identity = (ref.rank, ref.epoch, ref.attempt, sequence)
             if identity in self._torn:
                 return False
             if identity not in self._segments:
                 ref.check_exists()
                 raise CorruptDataError(
-                    f"call {call.call} in {ref.path} has bytes in segment {piece.segment}, which is not there",
+                    f"call {call.call} in {ref.path} has bytes in segment {sequence}, which is not there",
                     "restore the segment from a copy, or drop the epoch",
                 )
         return True
@@ -320,7 +330,9 @@ def _partition_segments(
         try:
             inode = os.stat(entry.path).st_ino
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise VanishedError(f"{entry.path} was dropped while it was listed", "start reading again") from error
+            raise VanishedError(
+                f"{entry.path} was dropped while it was listed", "start reading again"
+            ) from error
         usable.append(
             SegmentRef(rank, partition.epoch, entry.attempt, entry.sequence, entry.path, entry.sealed, inode)
         )

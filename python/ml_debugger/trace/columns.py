@@ -1,4 +1,4 @@
-"""Reading the columns of a block of calls: bytes of captures become numpy arrays, texts, or rows of differing shape."""
+"""Reading the columns of a block of calls: captures become arrays, texts, or rows of differing shape."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class RaggedRows:
         values: Elements of all rows, one after the other, flat.
         dtype: Their recorded dtype; ``values`` are raw elements, or widened ones where ``is_widened``.
         lengths: int64 (rows,): elements of each row.
-        shapes: int64 (rows, ndim): shapes, shorter ones padded in front with -1; all -1 for a row that has no value.
+        shapes: int64 (rows, ndim): shapes, shorter ones padded in front with -1; all -1 for a row that has no
+            value.
         present: Whether these rows have the column at all.
     """
 
@@ -45,7 +46,9 @@ class RaggedRows:
         if keep is None:
             return self
         elements = np.repeat(keep, self.lengths)
-        return RaggedRows(self.values[elements], self.dtype, self.lengths[keep], self.shapes[keep], self.present)
+        return RaggedRows(
+            self.values[elements], self.dtype, self.lengths[keep], self.shapes[keep], self.present
+        )
 
     def arrays(self) -> list[Array | None]:
         """One array a row, views of ``values``; None for rows without the column."""
@@ -58,9 +61,9 @@ class RaggedRows:
         return rows
 
 
-# What a block holds of a column: an array (rows, *row_shape); a list of str or bytes; or runs of ragged rows. A row of
-# text that has no value is None.
-ColumnValues: TypeAlias = "Array | list[Any] | list[RaggedRows]"
+# What a block holds of a column: an array (rows, *row_shape); a list of str or bytes (None: a row without a
+# value); or a list of RaggedRows. The schema of the column tells which.
+ColumnValues: TypeAlias = "Array | list[Any]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +109,14 @@ class PieceReader:
         for ref, reads in self._wanted.items():
             with ref.opened() as segment:
                 for out, chunks in reads:
-                    segment.read(chunks, memoryview(out))
+                    segment.read(chunks, out.data)
         self._wanted.clear()
-
-
-def capture_bytes(call: Call, capture: int) -> int:
-    """Length of a capture."""
-    return sum(piece.length_bytes for number, piece in call.chunks if number == capture)
 
 
 def column_bytes(call: Call, schema: ColumnSchema) -> int:
     """Bytes that reading a column of a call takes, about."""
     column = call.description.column(schema.table, schema.name)
-    return capture_bytes(call, column.capture) if column is not None else 8 * call.rows
+    return call.capture_bytes(column.capture) if column is not None else 8 * call.rows
 
 
 def as_bytes(values: Array) -> Array:
@@ -166,7 +164,11 @@ def read_columns(
 def _derived(name: str, calls: list[KeptCall], out: Array | None) -> Callable[[], ColumnValues]:
     def finish() -> ColumnValues:
         if name == "dataset_type":
-            return list(itertools.chain.from_iterable([kept.call.description.dataset_type] * kept.rows for kept in calls))
+            return list(
+                itertools.chain.from_iterable(
+                    [kept.call.description.dataset_type] * kept.rows for kept in calls
+                )
+            )
         values = np.empty(sum(kept.rows for kept in calls), np.int64) if out is None else out
         row = 0
         for kept in calls:
@@ -217,7 +219,8 @@ def _dense(
     def finish() -> ColumnValues:
         for target, stored, recorded, keep in later:
             kept_rows = stored if keep is None else stored[keep]
-            # Raw elements of one dtype travel as they are; everything else becomes numbers of the common type.
+            # Raw elements of one dtype travel as they are; everything else becomes numbers of the common
+            # type.
             target[...] = kept_rows if stored.dtype == dtype and raw else widen(kept_rows, recorded)
         return values
 
@@ -228,7 +231,7 @@ def _lists(reader: PieceReader, calls: list[KeptCall], schema: ColumnSchema) -> 
     parts: list[tuple[KeptCall, ColumnDescription | None, Array]] = []
     for kept in calls:
         column = kept.call.description.column(schema.table, schema.name)
-        buffer = np.empty(0 if column is None else capture_bytes(kept.call, column.capture), np.uint8)
+        buffer = np.empty(0 if column is None else kept.call.capture_bytes(column.capture), np.uint8)
         if column is not None:
             reader.add(kept.call, column.capture, buffer)
         parts.append((kept, column, buffer))
@@ -249,7 +252,7 @@ def _lists(reader: PieceReader, calls: list[KeptCall], schema: ColumnSchema) -> 
 def _unpack_list(call: Call, column: ColumnDescription, buffer: Array) -> list[Any]:
     expected = str if column.type == "str" else bytes
     try:
-        values = msgpack.unpackb(memoryview(buffer))
+        values = msgpack.unpackb(buffer.data)
     except (ValueError, msgpack.UnpackException) as error:
         raise _damaged(call, column, str(error)) from error
     samples = 1 if column.broadcast else call.rows
@@ -268,10 +271,10 @@ def _ragged(
         column = kept.call.description.column(schema.table, schema.name)
         stored, shapes = np.empty(0, np.uint8), np.empty(0, np.uint8)
         if column is not None:
-            stored = np.empty(capture_bytes(kept.call, column.capture), np.uint8)
+            stored = np.empty(kept.call.capture_bytes(column.capture), np.uint8)
             reader.add(kept.call, column.capture, stored)
             if column.shapes_capture is not None:
-                shapes = np.empty(capture_bytes(kept.call, column.shapes_capture), np.uint8)
+                shapes = np.empty(kept.call.capture_bytes(column.shapes_capture), np.uint8)
                 reader.add(kept.call, column.shapes_capture, shapes)
         parts.append((kept, column, stored, shapes))
 
@@ -313,10 +316,12 @@ def _ragged_rows(call: Call, column: ColumnDescription, stored: Array, shapes: A
 
 
 def ragged_shapes(call: Call, column: ColumnDescription, shapes: Array) -> Array:
-    """Shapes of the stored samples, int64 (samples, ndim), from the bytes of the shapes capture if there is one."""
+    """Shapes of the stored samples, int64 (samples, ndim), from the bytes of the shapes capture if any."""
     samples = 1 if column.broadcast else call.rows
     if column.row_shape is not None:
-        return np.tile(np.array(column.row_shape, np.int64), (samples, 1)).reshape(samples, len(column.row_shape))
+        return np.tile(np.array(column.row_shape, np.int64), (samples, 1)).reshape(
+            samples, len(column.row_shape)
+        )
     return shapes.view("<i8").reshape(samples, -1) if samples else np.empty((0, 0), np.int64)
 
 
@@ -339,6 +344,7 @@ def _described(call: Call, schema: ColumnSchema) -> ColumnDescription:
 
 def _damaged(call: Call, column: ColumnDescription, problem: str) -> CorruptDataError:
     return CorruptDataError(
-        f"column {column.name!r} of call {call.call} (rank {call.rank}, attempt {call.attempt}) is damaged: {problem}",
+        f"column {column.name!r} of call {call.call} (rank {call.rank}, attempt {call.attempt}) is damaged: "
+        + problem,
         _DAMAGED,
     )

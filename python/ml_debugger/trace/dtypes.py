@@ -1,7 +1,7 @@
 """Recorded dtypes: how torch names map to stored bytes, to numpy and back to torch.
 
-Types that numpy cannot name (bfloat16, float8, complex32) are held as unsigned integers of the same width, *raw*, until
-somebody asks for numpy values: then they are widened, without loss, to float32 or complex64.
+Types that numpy cannot name (bfloat16, float8, complex32) are held as unsigned integers of the same width,
+*raw*, until somebody asks for numpy values: then they are widened, without loss, to float32 or complex64.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _table() -> dict[str, RecordedDtype]:
     }  # fmt: skip
     widened = {"bfloat16": ("<u2", "<f4"), "complex32": ("<u4", "<c8")}
     float8 = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
-    widened.update({name: ("u1", "<f4") for name in float8})
+    widened.update(dict.fromkeys(float8, ("u1", "<f4")))
     table = {name: RecordedDtype(name, np.dtype(code), np.dtype(code)) for name, code in native.items()}
     for name, (raw, written) in widened.items():
         table[name] = RecordedDtype(name, np.dtype(raw), np.dtype(written))
@@ -72,7 +72,8 @@ def recorded_dtype(name: object) -> RecordedDtype:
     found = RECORDED_DTYPES.get(name) if isinstance(name, str) else None
     if found is None:
         raise CorruptDataError(
-            f"a column has the unknown dtype {name!r}", "read it with the release of ml-debugger that wrote it"
+            f"a column has the unknown dtype {name!r}",
+            "read it with the release of ml-debugger that wrote it",
         )
     return found
 
@@ -82,11 +83,14 @@ def widen(raw: Array, dtype: RecordedDtype) -> Array:
     if dtype.is_native:
         return raw
     if dtype.name == "bfloat16":
-        return (raw.astype("<u4") << np.uint32(16)).view("<f4")
+        upper: Array = raw.astype("<u4") << np.uint32(16)
+        return upper.view("<f4")
     if dtype.name == "complex32":
         halves = np.ascontiguousarray(raw).reshape(*raw.shape, 1).view("<f2")
-        return halves.astype("<f4").view("<c8")[..., 0]
-    return _float8_values(dtype.name)[raw]
+        values: Array = halves.astype("<f4").view("<c8")[..., 0]
+        return values
+    widened: Array = _float8_values(dtype.name)[raw]
+    return widened
 
 
 @functools.cache
@@ -116,14 +120,17 @@ def narrow(written: Array, dtype: RecordedDtype) -> Array:
         return written
     bits = np.ascontiguousarray(written)
     if dtype.name == "bfloat16":
-        return (bits.view("<u4") >> np.uint32(16)).astype("<u2")
+        upper: Array = bits.view("<u4") >> np.uint32(16)
+        return upper.astype("<u2")
     if dtype.name == "complex32":
         halves = bits.reshape(*bits.shape, 1).view("<f4").astype("<f2")
-        return halves.view("<u4")[..., 0]
+        pairs: Array = halves.view("<u4")[..., 0]
+        return pairs
     values = _float8_values(dtype.name).view("<u4")
     order = np.argsort(values, kind="stable").astype(np.uint8)
     found = np.searchsorted(values[order], bits.view("<u4"))
-    return order[np.minimum(found, order.size - 1)]
+    codes: Array = order[np.minimum(found, order.size - 1)]
+    return codes
 
 
 def common_written_dtype(names: Iterable[str], column: str) -> np.dtype[Any]:
@@ -137,7 +144,8 @@ def common_written_dtype(names: Iterable[str], column: str) -> np.dtype[Any]:
     if not all(_holds(common, dtype.written) for dtype in dtypes):
         listed = ", ".join(sorted({dtype.name for dtype in dtypes}))
         raise StorageError(
-            f"column {column!r} was recorded in the dtypes {listed}, and numpy's common type {common} rounds some values",
+            f"column {column!r} was recorded in the dtypes {listed}, of which numpy's common type {common} "
+            "rounds some values",
             "read it by tensors(), by epoch or by dataset_type, or record it with TracerConfig.capture_dtype",
         )
     return common
@@ -149,5 +157,5 @@ def _holds(target: np.dtype[Any], source: np.dtype[Any]) -> bool:
     if source.kind in "iu" and target.kind in "fc":
         # numpy calls int64 -> float64 safe, although the mantissa has 53 bits.
         digits = np.finfo(target).nmant + 1
-        return source.itemsize * 8 - (source.kind == "i") <= digits
+        return source.itemsize * 8 - int(source.kind == "i") <= int(digits)
     return bool(np.can_cast(source, target, "safe"))

@@ -33,10 +33,10 @@ _ATTEMPT_SHIFT, _ATTEMPT_MASK = 36, (1 << 13) - 1
 
 
 def load_export(path: str | os.PathLike[str]) -> Trace:
-    """Open an exported ZIP for reading, with the same face as `open_trace`; values are read when they are asked for.
+    """Open an exported ZIP for reading, with the same face as `open_trace`.
 
-    Every member is checked against its SHA-256 in the manifest when it is first used. Rows that the export left out
-    (``dedupe=True``) are not there.
+    Values are read when they are asked for. Every member is checked against its SHA-256 in the manifest when
+    it is first used. Rows that the export left out (``dedupe=True``) are not there.
 
     Raises:
         NotFoundError: No such file.
@@ -69,13 +69,18 @@ class ExportSource:
 
     def attempts(self) -> list[int]:
         """Numbers of the attempts that the rows come from."""
-        return [int(attempt) for attempt in np.unique((self.column(FEATURES, "row_id") >> _ATTEMPT_SHIFT) & _ATTEMPT_MASK)]
+        return [
+            int(attempt)
+            for attempt in np.unique((self.column(FEATURES, "row_id") >> _ATTEMPT_SHIFT) & _ATTEMPT_MASK)
+        ]
 
     def columns(self, table: str) -> list[str]:
         """Names of the columns of a table."""
         return list(self._tables[table])
 
-    def select(self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool) -> ExportSelection:
+    def select(
+        self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool
+    ) -> ExportSelection:
         """Rows of a table."""
         keep = np.ones(self.rows(table), np.bool_)
         if n_epoch is not None:
@@ -112,7 +117,12 @@ class ExportSource:
         rows = self._declared_rows(table)
         if values.ndim != 1 or offsets.shape != (rows + 1,) or shapes.ndim != 2 or len(shapes) != rows:
             raise self._archive.damaged(f"the parts of column {name!r} of {table!r} contradict each other")
-        if offsets.dtype != np.int64 or shapes.dtype != np.int64 or offsets[0] != 0 or offsets[-1] != len(values):
+        if (
+            offsets.dtype != np.int64
+            or shapes.dtype != np.int64
+            or offsets[0] != 0
+            or offsets[-1] != len(values)
+        ):
             raise self._archive.damaged(f"the offsets of column {name!r} of {table!r} do not fit its values")
         return values, offsets, shapes
 
@@ -139,7 +149,13 @@ class ExportSource:
 
     def _schema(self, table: str, name: str, column: dict[str, Any]) -> ColumnSchema:
         recorded = column["recorded"]
-        names = [] if recorded is None else [recorded] if isinstance(recorded, str) else [str(one) for one in recorded]
+        names = (
+            []
+            if recorded is None
+            else [recorded]
+            if isinstance(recorded, str)
+            else [str(one) for one in recorded]
+        )
         schema = ColumnSchema(name, table, names, element_dtype_names(names), rows=self._declared_rows(table))
         one_array = self.is_one_array(table, name)
         if schema.is_list:
@@ -167,7 +183,10 @@ class ExportSource:
         samples: dict[int, NewestRows] = {}
         counts = dict(zip(*(found.tolist() for found in np.unique(epochs, return_counts=True)), strict=True))
         keys = zip(
-            epochs.tolist(), self._texts(FEATURES, "dataset_type"), self._texts(FEATURES, "input_id"), strict=True
+            epochs.tolist(),
+            self._texts(FEATURES, "dataset_type"),
+            self._texts(FEATURES, "input_id"),
+            strict=True,
         )
         for (epoch, dataset_type), group in itertools.groupby(keys, key=lambda key: key[:2]):
             if epoch != layout.NO_EPOCH:
@@ -242,7 +261,7 @@ class ExportSelection:
                 return list(values.tolist())
             if values.shape[1:] != schema.row_shape or values.dtype != schema.written:
                 raise self._source.damaged(
-                    f"column {schema.name!r} holds {values.dtype} {values.shape[1:]}, its manifest says otherwise"
+                    f"column {schema.name!r} is {values.dtype} {values.shape[1:]}, not what its manifest says"
                 )
             return narrow(values, _only_dtype(schema)) if raw and len(schema.dtypes) == 1 else values
         runs = self._ragged(schema, start, keep, raw)
@@ -260,7 +279,9 @@ class ExportSelection:
         missing = (lengths == 0) & (part_shapes == -1).all(axis=1)
         products = np.where(part_shapes < 0, 1, part_shapes).prod(axis=1, dtype=np.float64)
         if values.dtype != expected or (lengths < 0).any() or (products != lengths)[~missing].any():
-            raise self._source.damaged(f"the parts of column {schema.name!r} of {self._table!r} contradict each other")
+            raise self._source.damaged(
+                f"the parts of column {schema.name!r} of {self._table!r} contradict each other"
+            )
         part = values[offsets[start] : offsets[stop]]
         if raw and not schema.is_list:
             part = narrow(part, dtype)

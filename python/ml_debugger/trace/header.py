@@ -1,6 +1,7 @@
 """Decoding of call headers (`docs/record_format.md`), which may come from an untrusted store.
 
-Every number that is later used as a size, an offset or a key is checked here, so that the rest of the package can rely on it.
+Every number that is later used as a size, an offset or a key is checked here, so that the rest of the package
+can rely on it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _COLUMN_TYPES = ("tensor", "int", "float", "bool", "str", "bytes")
 
 
 class Piece(NamedTuple):
-    """Where some bytes of a capture lie: under ``key`` of a segment's chunks, or (segment -1) inline at offset ``key``."""
+    """Where bytes of a capture lie: under ``key`` of a segment's chunks, or (-1) inline at ``key``."""
 
     segment: int
     key: int
@@ -77,6 +78,7 @@ class CallDescription:
     dataset_type: str
     columns: tuple[ColumnDescription, ...]
     samples: int
+    has_shapes: bool
 
     def column(self, table: str, name: str) -> ColumnDescription | None:
         """The description of a column, or None where these calls lack it."""
@@ -90,7 +92,7 @@ class CallDescription:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One recorded call."""
+    """One recorded call; ``chunks`` are lists of (capture, segment, key, bytes, crc32c)."""
 
     rank: int
     attempt: int
@@ -100,13 +102,17 @@ class Call:
     ground_truth_rows: int
     first_row: int
     sequence: int
-    chunks: tuple[tuple[int, Piece], ...]
+    chunks: list[list[int]]
     inline: bytes
     description: CallDescription
 
     def pieces(self, capture: int) -> list[Piece]:
         """The pieces of a capture, in order."""
-        return [piece for number, piece in self.chunks if number == capture]
+        return [Piece(*chunk[1:]) for chunk in self.chunks if chunk[0] == capture]
+
+    def capture_bytes(self, capture: int) -> int:
+        """Length of a capture."""
+        return sum(chunk[3] for chunk in self.chunks if chunk[0] == capture)
 
 
 class Gap(NamedTuple):
@@ -126,24 +132,31 @@ class HeaderDecoder:
         self._sequence = sequence
         self._descriptions: dict[bytes, CallDescription] = {}
 
-    def decode(self, key: int, value: bytes) -> Call | Gap:
-        """Decode one header.
+    def decode(self, key: int, value: bytes, *, is_checked: bool = False) -> Call | Gap:
+        """Decode one header; ``is_checked``: it was decoded before, so its numbers need not be checked again.
 
         Raises:
             CorruptDataError: Not a header of this segment.
         """
         try:
-            return self._decode(key, value)
+            return self._decode(key, value, is_checked)
         except CorruptDataError:
             raise
         # KeyError, TypeError, AttributeError: another structure; UnpackException and ValueError: no msgpack.
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            msgpack.UnpackException,
+        ) as error:
             raise CorruptDataError(
                 f"the header of call {key} cannot be decoded ({type(error).__name__}: {error})",
                 "restore the segment from a copy, or drop its epoch",
             ) from error
 
-    def _decode(self, key: int, value: bytes) -> Call | Gap:
+    def _decode(self, key: int, value: bytes, is_checked: bool) -> Call | Gap:
         unpacker = msgpack.Unpacker(max_buffer_size=max(len(value), 1))
         unpacker.feed(value)
         if unpacker.read_array_header() != 5:
@@ -160,9 +173,17 @@ class HeaderDecoder:
         inline = unpacker.unpack()
         if not isinstance(inline, bytes):
             raise ValueError("inline is not binary")
-        return self._call(key, core, inline, encoded)
+        rank, epoch, attempt = self._identity
+        call = Call(
+            rank, attempt, key, epoch, core["rows"], core["ground_truth_rows"], core["first_row"],
+            self._sequence, core["chunks"], inline, self._description(encoded, core["rows"]),
+        )  # fmt: skip
+        if not is_checked:
+            self._check(key, core, len(inline))
+            _check_sizes(call)
+        return call
 
-    def _call(self, key: int, core: dict[str, Any], inline: bytes, encoded: bytes) -> Call:
+    def _check(self, key: int, core: dict[str, Any], inline_bytes: int) -> None:
         rank, epoch, attempt = self._identity
         recorded_epoch = -1 if core["epoch"] is None else _natural(core["epoch"])
         if (core["rank"], recorded_epoch, core["attempt"], core["call"]) != (rank, epoch, attempt, key):
@@ -172,27 +193,13 @@ class HeaderDecoder:
         first_row = _natural(core["first_row"])
         if ground_truth_rows not in (0, rows) or first_row + rows > _MAX_INT64:
             raise ValueError("its numbers of rows contradict each other")
-        chunks = tuple(self._piece(entry, len(inline)) for entry in core["chunks"])
-        call = Call(
-            rank, attempt, key, epoch, rows, ground_truth_rows, first_row, self._sequence, chunks, inline,
-            self._description(encoded, rows),
-        )  # fmt: skip
-        _check_sizes(call)
-        return call
-
-    @staticmethod
-    def _piece(entry: list[Any], inline_bytes: int) -> tuple[int, Piece]:
-        capture, segment, key, length, crc = entry
-        _natural(capture)
-        _natural(key)
-        _natural(length)
-        _natural(crc)
-        if segment == INLINE:
-            if key + length > inline_bytes:
+        for capture, segment, offset, length, crc in core["chunks"]:
+            for number in (capture, offset, length, crc):
+                _natural(number)
+            if segment != INLINE:
+                _natural(segment)
+            elif offset + length > inline_bytes:
                 raise ValueError("a piece lies outside its inline bytes")
-        else:
-            _natural(segment)
-        return capture, Piece(segment, key, length, crc)
 
     def _description(self, encoded: bytes, rows: int) -> CallDescription:
         cached = self._descriptions.get(encoded)
@@ -222,7 +229,10 @@ def _decode_description(document: dict[str, Any], rows: int) -> CallDescription:
     }
     if len(samples) > 1:
         raise ValueError("its columns differ in their number of samples")
-    return CallDescription(_text(document["dataset_type"]), columns, samples.pop() if samples else -1)
+    has_shapes = any(column.shapes_capture is not None for column in columns)
+    return CallDescription(
+        _text(document["dataset_type"]), columns, samples.pop() if samples else -1, has_shapes
+    )
 
 
 def _decode_column(entry: dict[str, Any]) -> ColumnDescription:
@@ -242,25 +252,38 @@ def _decode_column(entry: dict[str, Any]) -> ColumnDescription:
     else:
         row_shape = tuple(_natural(size) for size in entry["shape"])[1:]
         # The product without zeros: numpy refuses shapes whose nonzero sizes overflow, even of empty arrays.
-        if not entry["shape"] or len(row_shape) > _MAX_NDIM or math.prod(filter(None, row_shape)) > _MAX_ELEMENTS:
+        if (
+            not entry["shape"]
+            or len(row_shape) > _MAX_NDIM
+            or math.prod(filter(None, row_shape)) > _MAX_ELEMENTS
+        ):
             raise ValueError(f"column {name!r} has the shape {entry['shape']}")
     return ColumnDescription(
-        table, name, kind, dtype, row_shape, _natural(entry["capture"]), shapes_capture, bool(entry.get("broadcast"))
+        table,
+        name,
+        kind,
+        dtype,
+        row_shape,
+        _natural(entry["capture"]),
+        shapes_capture,
+        bool(entry.get("broadcast")),
     )
 
 
 def _check_sizes(call: Call) -> None:
     """Refuse a header whose shapes do not agree with its bytes: shapes are what memory is allocated by."""
     captured: dict[int, int] = {}
-    for number, piece in call.chunks:
-        captured[number] = captured.get(number, 0) + piece.length_bytes
+    for number, _, _, length, _ in call.chunks:
+        captured[number] = captured.get(number, 0) + length
     for column in call.description.columns:
         length = captured.get(column.capture, 0)
         samples = 1 if column.broadcast else call.rows
         if column.row_shape is not None:
             expected = samples * math.prod(column.row_shape) * recorded_dtype(column.dtype).raw.itemsize
             if length != expected:
-                raise ValueError(f"column {column.name!r} has {length} bytes where its shape needs {expected}")
+                raise ValueError(
+                    f"column {column.name!r} has {length} bytes where its shape needs {expected}"
+                )
         elif column.is_list and length < samples:
             # One byte a value is the least that msgpack takes; so rows are bounded by bytes that are there.
             raise ValueError(f"column {column.name!r} has {length} bytes for {samples} values")

@@ -14,9 +14,9 @@ Mask = npt.NDArray[np.bool_]
 class NewestRows:
     """Marks the last row of each (dataset_type, input_id) of one epoch.
 
-    Rows are given in row order, in which, within an epoch, later means newer. A row costs 16 bytes (two SipHashes of 64 bits,
-    by which rows are compared: n rows have two different samples taken for one with a probability of n^2 / 2^129) and one byte
-    of the result.
+    Rows are given in row order, in which, within an epoch, later means newer. A row costs 16 bytes (two
+    SipHashes of 64 bits, by which rows are compared: n rows have two different samples taken for one with a
+    probability of n^2 / 2^129) and one byte of the result.
     """
 
     def __init__(self, rows: int) -> None:
@@ -32,7 +32,9 @@ class NewestRows:
         rows = len(input_ids)
         start, self._added = self._added, self._added + rows
         for hashes, prefix in ((self._low, f"{number}\0a"), (self._high, f"{number}\0b")):
-            hashes[start : self._added] = np.fromiter(map(hash, map(prefix.__add__, input_ids)), np.int64, rows)
+            hashes[start : self._added] = np.fromiter(
+                map(hash, map(prefix.__add__, input_ids)), np.int64, rows
+            )
 
     def mask(self) -> Mask:
         """True for every row that no later row repeats."""

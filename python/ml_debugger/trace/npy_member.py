@@ -28,17 +28,19 @@ _REMEDY = "export the trace again"
 
 
 class ExportArchive:
-    """The members of one ZIP, mapped into memory; each is verified against the manifest when it is first used."""
+    """The members of one ZIP, mapped into memory; each is verified by the manifest when it is first used.
+
+    Raises:
+        NotFoundError: No such file.
+        InvalidTypeError: Not a path.
+        CorruptDataError: Not an export.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """
-        Raises:
-            NotFoundError: No such file.
-            InvalidTypeError: Not a path.
-            CorruptDataError: Not an export.
-        """
         if not isinstance(path, (str, os.PathLike)):
-            raise InvalidTypeError(f"path must be a path, got {type(path).__name__}", "pass a str or a pathlib.Path")
+            raise InvalidTypeError(
+                f"path must be a path, got {type(path).__name__}", "pass a str or a pathlib.Path"
+            )
         self.path = Path(path)
         self._arrays: dict[str, Array] = {}
         try:
@@ -54,7 +56,9 @@ class ExportArchive:
         except StorageError:
             raise
         except OSError as error:
-            raise StorageError(f"cannot read {self.path}: {error.strerror or error}", "check its permissions") from error
+            raise StorageError(
+                f"cannot read {self.path}: {error.strerror or error}", "check its permissions"
+            ) from error
         self.manifest = self._read_manifest()
 
     def array(self, name: str) -> Array:
@@ -86,7 +90,11 @@ class ExportArchive:
         info = self._infos.get(name)
         if info is None:
             raise self.damaged(f"it has no member {name!r}")
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.file_size != info.compress_size
+            or info.flag_bits & 1
+        ):
             raise self.damaged(f"member {name!r} is compressed or encrypted, expected stored")
         end = info.header_offset + _LOCAL_HEADER.size
         if info.header_offset < 0 or end > len(self._map):
@@ -123,14 +131,17 @@ class ExportArchive:
 
     def _read_manifest(self) -> dict[str, Any]:
         try:
-            document = json.loads(bytes(self._member(MANIFEST_NAME)))
+            document: dict[str, Any] = json.loads(bytes(self._member(MANIFEST_NAME)))
             version = document["format_version"]
             well_formed = isinstance(document["members"], dict) and isinstance(document["tables"], dict)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self.damaged(f"its {MANIFEST_NAME} cannot be read ({type(error).__name__}: {error})") from error
+            raise self.damaged(
+                f"its {MANIFEST_NAME} cannot be read ({type(error).__name__}: {error})"
+            ) from error
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise CorruptDataError(
-                f"{self.path} has format version {version!r}, expected at most {FORMAT_VERSION}", "upgrade ml-debugger"
+                f"{self.path} has format version {version!r}, expected at most {FORMAT_VERSION}",
+                "upgrade ml-debugger",
             )
         if not well_formed:
             raise self.damaged(f"its {MANIFEST_NAME} lists no tables or members")

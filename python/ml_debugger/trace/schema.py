@@ -51,8 +51,9 @@ class ColumnSchema:
         recorded: Names of the recorded types, in the order of their first row; empty without rows.
         dtypes: Torch names of the element types; empty for text, bytes, and without rows.
         row_shapes: Distinct shapes of one row; stops growing at two. None stands for rows of differing shape.
-        max_ndim: Largest number of dimensions of a row among ``row_shapes``.
+        max_ndim: No row has more dimensions.
         rows: Rows that have the column.
+        missing: Whether some rows lack the column.
         extent: Of text columns, once their values were seen.
     """
 
@@ -61,6 +62,7 @@ class ColumnSchema:
     recorded: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     row_shapes: list[tuple[int, ...] | None] = field(default_factory=list)
+    max_ndim: int = 0
     rows: int = 0
     missing: bool = False
     extent: TextExtent = field(default_factory=TextExtent)
@@ -78,7 +80,9 @@ class ColumnSchema:
     @property
     def is_dense(self) -> bool:
         """Whether the rows make one array of numbers."""
-        return not self.is_list and len(self.row_shapes) < 2 and self.row_shapes != [None] and not self.missing
+        return (
+            not self.is_list and len(self.row_shapes) < 2 and self.row_shapes != [None] and not self.missing
+        )
 
     @property
     def fits_numpy_text(self) -> bool:
@@ -99,9 +103,15 @@ class ColumnSchema:
         """
         return common_written_dtype(self.dtypes, self.name) if self.dtypes else np.dtype("<f4")
 
+    def check_written(self) -> None:
+        """Raise StorageError if no numpy dtype holds the elements of a numeric column."""
+        if self.dtypes:
+            common_written_dtype(self.dtypes, self.name)
+
     def add(self, column: ColumnDescription, rows: int) -> None:
         """Take in ``rows`` rows."""
         self.rows += rows
+        self.max_ndim = max(self.max_ndim, len(column.row_shape or ()))
         if column.recorded not in self.recorded:
             self.recorded.append(column.recorded)
         if column.dtype and column.dtype not in self.dtypes:
@@ -110,7 +120,7 @@ class ColumnSchema:
             self.row_shapes.append(column.row_shape)
         if len(self.recorded) > 1 and ("str" in self.recorded or "bytes" in self.recorded):
             raise StorageError(
-                f"column {self.name!r} was recorded as {' and '.join(self.recorded)}, which no one array holds",
+                f"column {self.name!r} was recorded as {' and '.join(self.recorded)}, which no array holds",
                 "read it by epoch or by dataset_type",
             )
 
@@ -135,16 +145,30 @@ class SchemaCollector:
 
     def add(self, call: Call, rows: int) -> None:
         """Take in ``rows`` rows of a call (all of them, or those that were kept)."""
-        # Calls share descriptions; so rows are only counted here. Keeping the description keeps its id unique.
+        # Calls share descriptions; so rows are only counted here. Keeping the description keeps its id
+        # unique.
         pending = self._pending.get(id(call.description))
         if pending is None:
             if len(self._pending) >= _MAX_PENDING:
                 self._flush()
             pending = self._pending[id(call.description)] = (call.description, {})
+        if call.description.has_shapes:
+            self._add_shapes(call)
         counts = pending[1]
         counts["extracted_feature"] = counts.get("extracted_feature", 0) + rows
         if call.ground_truth_rows:
             counts["ground_truth"] = counts.get("ground_truth", 0) + rows
+
+    def _add_shapes(self, call: Call) -> None:
+        """Note how many dimensions rows of differing shape have, by the bytes of their shapes."""
+        for column in call.description.columns:
+            if column.shapes_capture is not None:
+                key = column.table, column.name
+                schema = self._columns.setdefault(key, ColumnSchema(column.name, column.table))
+                samples = 1 if column.broadcast else call.rows
+                schema.max_ndim = max(
+                    schema.max_ndim, call.capture_bytes(column.shapes_capture) // (8 * max(samples, 1))
+                )
 
     def rows(self, table: str) -> int:
         """Rows of a table."""
@@ -176,15 +200,13 @@ class SchemaCollector:
 
 
 def recorded_label(schema: ColumnSchema) -> str | list[str] | None:
-    """What a manifest says about the recorded type: a name, a list of names where it varies, None without rows."""
+    """The recorded type in a manifest: a name, a list of names where it varies, None without rows."""
     if len(schema.recorded) == 1:
         return schema.recorded[0]
     return sorted(schema.recorded) or None
 
 
 def element_dtype_names(recorded: list[str]) -> list[str]:
-    """Torch names of the elements behind names of a manifest (``int`` is ``int64``); none for text and bytes."""
+    """Torch names behind names of a manifest (``int`` is ``int64``); none for text and bytes."""
     names = [FIELD_DTYPES.get(name, name) for name in recorded if name not in ("str", "bytes")]
     return [recorded_dtype(name).name for name in names]
-
-

@@ -63,11 +63,17 @@ class Source(Protocol):
     """A trace on disk or in an export."""
 
     @property
-    def model_name(self) -> str: ...
+    def model_name(self) -> str:
+        """Name of the model."""
+
     @property
-    def version_name(self) -> str: ...
+    def version_name(self) -> str:
+        """Name of the version."""
+
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Hex digest of the architecture."""
+
     def epochs(self) -> list[int]:
         """Epochs that hold rows, -1 for the rows without one."""
 
@@ -81,7 +87,9 @@ class Source(Protocol):
         """Rows of a table."""
 
 
-def pick_schemas(known: dict[str, ColumnSchema], columns: Sequence[str] | None, table: str) -> list[ColumnSchema]:
+def pick_schemas(
+    known: dict[str, ColumnSchema], columns: Sequence[str] | None, table: str
+) -> list[ColumnSchema]:
     """Schemas by name, in the order asked for.
 
     Raises:

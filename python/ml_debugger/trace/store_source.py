@@ -89,7 +89,9 @@ class Choice:
         epoch = layout.NO_EPOCH
         newest = NewestRows(0)
         schema = base_schema("input_id", FEATURES, 0)
-        for block in call_blocks((KeptCall(call, None, call.rows) for call in self.snapshot.calls()), [schema]):
+        for block in call_blocks(
+            (KeptCall(call, None, call.rows) for call in self.snapshot.calls()), [schema]
+        ):
             ids = read_columns(self.snapshot, block, [schema], raw=True)["input_id"]
             position = 0
             for call in (kept.call for kept in block):
@@ -119,14 +121,18 @@ def _fill_mask(keep: Mask, start: int, newest: NewestRows) -> None:
 def call_blocks(
     calls: Iterable[KeptCall], schemas: Sequence[ColumnSchema], max_rows: int | None = None
 ) -> Iterator[list[KeptCall]]:
-    """Group calls so that reading these columns of a group takes about `BLOCK_BYTES`, and at least one call."""
+    """Group calls so that these columns of a group take about `BLOCK_BYTES`; at least one call."""
     block: list[KeptCall] = []
     size = rows = 0
     for kept in calls:
         block.append(kept)
         size += sum(column_bytes(kept.call, schema) for schema in schemas)
         rows += kept.rows
-        if size >= BLOCK_BYTES or len(block) >= _MAX_CALLS_A_BLOCK or (max_rows is not None and rows >= max_rows):
+        if (
+            size >= BLOCK_BYTES
+            or len(block) >= _MAX_CALLS_A_BLOCK
+            or (max_rows is not None and rows >= max_rows)
+        ):
             yield block
             block, size, rows = [], 0, 0
     if block:
@@ -167,7 +173,9 @@ class StoreSelection:
             rows = sum(kept.rows for kept in block)
             targets = {name: values[row : row + rows] for name, values in (out or {}).items()}
             yield RowBlock(
-                rows, read_columns(snapshot, block, list(schemas), raw=raw, out=targets), _existence(snapshot, block)
+                rows,
+                read_columns(snapshot, block, list(schemas), raw=raw, out=targets),
+                _existence(snapshot, block),
             )
             row += rows
 
@@ -186,7 +194,9 @@ class StoreSelection:
 
 
 def _existence(snapshot: Snapshot, block: list[KeptCall]) -> Callable[[], None]:
-    one_a_segment = {(kept.call.rank, kept.call.epoch, kept.call.attempt, kept.call.sequence): kept.call for kept in block}
+    one_a_segment = {
+        (kept.call.rank, kept.call.epoch, kept.call.attempt, kept.call.sequence): kept.call for kept in block
+    }
 
     def check() -> None:
         for call in one_a_segment.values():
@@ -196,7 +206,7 @@ def _existence(snapshot: Snapshot, block: list[KeptCall]) -> Callable[[], None]:
 
 
 def trace_schemas(trace_dir: Path, table: str) -> dict[str, ColumnSchema]:
-    """What a table of a trace consists of, by its calls and, where it has none, by `version.json`; without rows."""
+    """What a table consists of, by its calls or, where it has none, by `version.json`; without rows."""
     collector = SchemaCollector()
 
     def accept(call: Call) -> bool:
@@ -258,7 +268,9 @@ class StoreSource:
         """Names of the columns of a table."""
         return list(trace_schemas(self._trace_dir, table))
 
-    def select(self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool) -> StoreSelection:
+    def select(
+        self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool
+    ) -> StoreSelection:
         """Rows of a table, as committed now."""
         choice = retry_vanished(lambda: Choice(self._trace_dir, n_epoch, dataset_type, dedupe))
         return StoreSelection(choice, table)

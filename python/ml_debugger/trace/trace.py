@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,10 +42,11 @@ def open_trace(model_name: str, version_name: str, data_dir: str | os.PathLike[s
 
 
 class Trace:
-    """Recorded rows of one (model, version), in one row order for all columns: by (epoch, attempt, call, rank, position).
+    """Recorded rows of one (model, version).
 
-    Every method sees what is committed when it is called. The two tables are ``"extracted_feature"`` and ``"ground_truth"``;
-    a ground-truth row has the ``row_id`` of its feature row. Common arguments:
+    All columns of a table have one row order: by (epoch, attempt, call, rank, position in the call). Every
+    method sees what is committed when it is called. The two tables are ``"extracted_feature"`` and
+    ``"ground_truth"``; a ground-truth row has the ``row_id`` of its feature row. Common arguments:
 
     * ``n_epoch``: the epoch; None: all; -1: rows without one. An epoch that is not there has no rows.
     * ``dataset_type``: only rows recorded with this ``dataset_type``; None: all.
@@ -117,16 +117,18 @@ class Trace:
     ) -> dict[str, Array]:
         """Read columns as numpy arrays, by name; each has one row a sample along dimension 0.
 
-        Types that numpy cannot name are widened without loss (bfloat16 and float8 to float32, complex32 to complex64). Text
-        is numpy ``U``, or an object array of str if some text is wider than 256 characters or ends in NUL. ``bytes`` and
-        columns whose rows differ in shape are object arrays; there, None stands for a row that lacks the column.
+        Types that numpy cannot name are widened without loss (bfloat16 and float8 to float32, complex32 to
+        complex64). Text is numpy ``U``, or an object array of str if some text is wider than 256 characters
+        or ends in NUL. ``bytes`` and columns whose rows differ in shape are object arrays; there, None stands
+        for a row that lacks the column.
 
         Raises:
             InvalidInputError: An unknown table or column, or an ``n_epoch`` below -1.
             InvalidTypeError: An argument of another type.
             NotFoundError: The rows were dropped while they were read.
             CorruptDataError: Stored bytes are not what was written.
-            StorageError: A column of several dtypes that no numpy type holds without loss; the message names them.
+            StorageError: A column of several dtypes that no numpy type holds without loss; the message names
+                them.
         """
 
         def read() -> dict[str, Array]:
@@ -147,8 +149,8 @@ class Trace:
     ) -> dict[str, torch.Tensor | list[Any]]:
         """Read columns as CPU tensors in the recorded dtype, by name.
 
-        Text and ``bytes`` are lists; a column whose rows differ in shape is a list of tensors (None for a row that lacks
-        it). A column of one shape but several dtypes takes numpy's common type.
+        Text and ``bytes`` are lists; a column whose rows differ in shape is a list of tensors (None for a row
+        that lacks it). A column of one shape but several dtypes takes numpy's common type.
 
         Raises:
             As `arrays`.
@@ -171,10 +173,10 @@ class Trace:
         batch_size: int = 1024,
         dedupe: bool = False,
     ) -> Iterator[dict[str, Array]]:
-        """Iterate over rows as dicts of numpy arrays by column, like `arrays`, ``batch_size`` rows at a time (the last: fewer).
+        """Iterate over dicts of numpy arrays by column, like `arrays`, with ``batch_size`` rows each.
 
-        The rows are those that were committed when this method was called. Memory: one batch, one call and 8 MiB. No storage
-        stays open between two batches.
+        The last batch may have fewer. The rows are those that were committed when this method was called.
+        Memory: one batch, one call and 8 MiB. No storage stays open between two batches.
 
         Raises:
             InvalidInputError: As `arrays`, or a ``batch_size`` below 1.
@@ -188,8 +190,7 @@ class Trace:
         selection = self._select(table, n_epoch, dataset_type, dedupe)
         schemas = selection.schemas(_check_columns(columns), extents=False)
         for schema in schemas:
-            if not schema.is_list:
-                schema.written  # noqa: B018  (dtypes without a common one are refused here, not in mid-iteration)
+            schema.check_written()  # here, not in mid-iteration
         return iterate_batches(selection, schemas, rows_a_batch)
 
     def _select(self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool) -> Selection:
@@ -197,13 +198,14 @@ class Trace:
         epoch = check_epoch(n_epoch)
         if dataset_type is not None and not isinstance(dataset_type, str):
             raise InvalidTypeError(
-                f"dataset_type must be a str or None, got {type(dataset_type).__name__}", "pass the text given to the call"
+                f"dataset_type must be a str or None, got {type(dataset_type).__name__}",
+                "pass the text given to the call",
             )
         return self._source.select(table, epoch, dataset_type, bool(dedupe))
 
 
 def check_epoch(n_epoch: object) -> int | None:
-    """Return the epoch that a reader or an export asks for: None (all), -1 (rows without one), or one that is >= 0.
+    """Return the epoch that is asked for: None (all), -1 (rows without one), or one that is >= 0.
 
     Raises:
         InvalidTypeError: Not an int; a bool is none.
@@ -213,7 +215,9 @@ def check_epoch(n_epoch: object) -> int | None:
         return None
     epoch = _check_integer(n_epoch, "n_epoch", "an int, -1 for the rows without an epoch, or None for all")
     if epoch < layout.NO_EPOCH:
-        raise InvalidInputError(f"n_epoch must be at least -1, got {epoch}", "pass -1 for the rows without an epoch")
+        raise InvalidInputError(
+            f"n_epoch must be at least -1, got {epoch}", "pass -1 for the rows without an epoch"
+        )
     return epoch
 
 
@@ -233,7 +237,9 @@ def _check_columns(columns: Sequence[str] | None) -> Sequence[str] | None:
     if columns is None:
         return None
     if isinstance(columns, str):
-        raise InvalidTypeError(f"columns must be a list of names, got the str {columns!r}", f"pass [{columns!r}]")
+        raise InvalidTypeError(
+            f"columns must be a list of names, got the str {columns!r}", f"pass [{columns!r}]"
+        )
     try:
         names = list(columns)
     except TypeError as error:

@@ -15,8 +15,8 @@ GROUND_TRUTH_TABLE = "ground_truth"
 
 _CACHED_DESCRIPTIONS = 256
 _MISSED_HINT = (
-    "trace only modules that every forward runs through their __call__ (not .forward(), a fused path, a replica in another "
-    "thread, or code compiled before the tracer was made)"
+    "trace only modules that every forward runs through their __call__ (not .forward(), a fused path, a "
+    "replica in another thread, or code compiled before the tracer was made)"
 )
 
 Capture = tuple[int, str, tuple[int, ...]]
@@ -44,7 +44,8 @@ class Columns:
         aliases: Names of the traced layers, in column order.
         fields: Additional columns of ``extracted_feature``.
         label_fields: Additional columns of ``ground_truth``.
-        keep_all_runs: A layer that runs several times fills ``alias``, ``alias.1``, ...; else its last run counts.
+        keep_all_runs: A layer that runs several times fills ``alias``, ``alias.1``, ...; else its last run
+            counts.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Columns:
         Args:
             dataset_type: As given.
             captures: What the core holds: hooks, logits, label tensor, in this order.
-            values: Additional fields (and label fields, if there are labels), whose captures follow behind ids and label.
-            label: dtype and shape of labels that follow as a buffer; None when they are among ``captures`` or absent.
+            values: Additional fields (and label fields, if there are labels), whose captures follow behind
+                ids and label.
+            label: dtype and shape of labels that follow as a buffer; None when they are among ``captures`` or
+                absent.
             has_labels: Whether the call has ground truth.
 
         Raises:
@@ -132,7 +135,7 @@ class Columns:
         owners = [(FEATURE_TABLE, field) for field in self._fields]
         if has_labels:
             owners += [(GROUND_TRUTH_TABLE, field) for field in self._label_fields]
-        for (table, field), value in zip(owners, values):
+        for (table, field), value in zip(owners, values, strict=True):
             columns.append(_field(table, field, value, following))
             following += 1 if value.shapes is None else 2
         return CallDescription(msgpack.packb({"dataset_type": dataset_type, "columns": columns}), captured)
@@ -144,8 +147,8 @@ class Columns:
                 raise AliasNotCapturedError(f"the layer {alias!r} did not run in this call", _MISSED_HINT)
             if self._keep_all_runs and runs != self._runs.setdefault(alias, runs):
                 raise AliasNotCapturedError(
-                    f'the layer {alias!r} ran {runs} times in this call and {self._runs[alias]} times before; repeat="all" '
-                    "expects as many runs in every call",
+                    f"the layer {alias!r} ran {runs} times in this call and {self._runs[alias]} before; "
+                    'repeat="all" expects as many runs in every call',
                     'use TracerConfig(repeat="last")',
                 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -21,7 +21,7 @@ _MIN_INT64, _MAX_INT64 = -(1 << 63), (1 << 63) - 1
 _NUMPY_KINDS = {"int": "iu", "float": "fiu", "bool": "b", "str": "U", "bytes": ""}
 _SPEC_HINT = 'describe a field as {"name": "camera", "type": "str"}'
 
-Payload = Union[bytes, "np.ndarray[Any, Any]", torch.Tensor]
+Payload = bytes | np.ndarray[Any, Any] | torch.Tensor
 
 
 class FieldValue(NamedTuple):
@@ -51,8 +51,8 @@ class Field:
         type: One of `FIELD_TYPES`.
         dtype: Fixed dtype of a tensor field, or None.
         shape: Fixed shape of one sample of a tensor field, or None.
-        default: What stands for a missing value, ready to be copied, or None: then a missing value is an error.
-        specification: As recorded in `version.json`, without the default.
+        default: What stands for a missing value, ready to be copied, or None: then a missing value is an
+            error.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Field:
 
     @property
     def specification(self) -> dict[str, Any]:
+        """As recorded in `version.json`: without the default, which may change between runs."""
         recorded: dict[str, Any] = {"name": self.name, "type": self.type}
         if self.dtype is not None:
             recorded["dtype"] = dtype_name(self.dtype)
@@ -118,7 +119,7 @@ class Field:
             raise self._wrong_type(value, f"{type(value).__name__} of {value.dtype}")
         if array_like.ndim > 1:
             raise InvalidInputError(
-                f"field {self.name!r} has values of shape {tuple(array_like.shape)}, expected one for each sample",
+                f"field {self.name!r} has values of shape {tuple(array_like.shape)}, expected one a sample",
                 "pass one dimension, or declare the field as a tensor",
             )
         if array_like.ndim == 0:
@@ -232,7 +233,7 @@ class Field:
 
 
 def _joined(samples: list[torch.Tensor]) -> FieldValue:
-    """One stacked tensor where the samples agree in shape, else their elements in a row with a table of shapes."""
+    """One tensor where the samples agree in shape, else their elements in a row with a table of shapes."""
     shapes = {tuple(sample.shape) for sample in samples}
     name = dtype_name(samples[0].dtype)
     if len(shapes) == 1:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ml_debugger.tracer.layers import WRAPPER_NAMES, strip_wrappers
 from ml_debugger.tracer.outputs import dtype_name
@@ -16,8 +16,9 @@ from ml_debugger.tracer.outputs import dtype_name
 def fingerprint(model: torch.nn.Module) -> str:
     """Return a SHA-256 hex digest of the model's structure.
 
-    It covers the class of every module and the global name, shape and dtype of every parameter and persistent buffer, all
-    without wrapper prefixes. Values, device, train/eval mode, ``requires_grad`` and wrappers do not change it.
+    It covers the class of every module and the global name, shape and dtype of every parameter and persistent
+    buffer, all without wrapper prefixes. Values, device, train/eval mode, ``requires_grad`` and wrappers do
+    not change it.
     """
     digest = hashlib.sha256()
     for line in sorted(set(_lines(model))):
@@ -40,7 +41,7 @@ def _lines(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _tensor_line(kind: str, name: str, tensor: torch.Tensor) -> str:
-    shape = None if isinstance(tensor, UninitializedTensorMixin) else list(tensor.shape)
+    shape = None if is_lazy(tensor) else list(tensor.shape)
     return json.dumps([kind, name, dtype_name(tensor.dtype), shape])
 
 
@@ -55,7 +56,7 @@ def is_wrapper(module: torch.nn.Module) -> bool:
 
 
 def class_name(module: torch.nn.Module) -> str:
-    """Name of the module's own class: the one that ``fully_shard`` has mixed into, and the one that a lazy one becomes."""
+    """Name of the module's class, without what ``fully_shard`` mixes in; of a lazy one, what it becomes."""
     cls = type(module)
     if len(cls.__mro__) > 2 and cls.__mro__[1].__name__ == "FSDPModule":
         cls = cls.__mro__[2]

@@ -1,8 +1,9 @@
 """Finds the classification head by watching one forward, and keeps what it was given.
 
-Names tell little about a head, and the order of registration nothing. So the first traced call is watched: every module with
-parameters of its own notes its input, copied at that moment since in-place operations may follow, and its output. Then the
-head is the last, innermost one of them that makes the logits. Later calls pay nothing.
+Names tell little about a head, and the order of registration nothing. So the first traced call is watched:
+every module with parameters of its own notes its input, copied at that moment since in-place operations may
+follow, and its output. Then the head is the last, innermost one of them that makes the logits. Later calls
+pay nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ml_debugger.tracer.layers import strip_wrappers
 from ml_debugger.tracer.outputs import CallState, has_batch_size, iterate_tensors
 
 _HINT = 'name the layer to record: target_layers={"features": "<module path>"}'
-# Inputs are copied, outputs kept alive: only of the last runs, so that the first step needs little more memory.
+# Inputs are copied, outputs kept alive: only of the last runs, so that the first step needs little more
+# memory.
 _WINDOW = 8
 _GRAPH_NODES = 4096
 
@@ -97,6 +99,7 @@ class HeadSearch:
                 handles.append(module.register_forward_hook(watcher.after))
             yield
         finally:
+            self._thread = 0
             for handle in handles:
                 handle.remove()
 
@@ -160,19 +163,22 @@ class _Watcher:
     """Hooks of one candidate; lives as long as the watched forward."""
 
     def __init__(self, search: HeadSearch, path: str) -> None:
-        self._search = weakref.proxy(search)
+        self._search = weakref.ref(search)
         self._path = path
 
     def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        self._search.begin_run(self._path, module, args, kwargs)
+        if (search := self._search()) is not None:
+            search.begin_run(self._path, module, args, kwargs)
 
     def after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self._search.end_run(module, output)
+        if (search := self._search()) is not None:
+            search.end_run(module, output)
 
 
 def _modules_with_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Modules with parameters of their own, but those whose hooks would change the model's numerics or cannot be hooked."""
-    found, fused = [], set()
+    """Modules with parameters of their own, except where hooks would change numerics or are not possible."""
+    found: list[tuple[str, torch.nn.Module]] = []
+    fused: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, (torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention)):
             # A hook inside would switch off the fused path; their inner modules make no logits.
@@ -208,7 +214,7 @@ def _innermost(candidates: list[_Run], making: list[_Run]) -> _Run | None:
 
 
 def _makes_classes(shape: tuple[int, ...], logits_shape: tuple[int, ...]) -> bool:
-    """Whether an output has the classes of the logits: in its last dimension, or as channels (a convolution)."""
+    """Whether an output has the classes of the logits: in its last dimension, or as channels."""
     if not shape:
         return False
     if len(logits_shape) < 2:
@@ -227,14 +233,15 @@ def _is_same_memory(output: torch.Tensor, logits: torch.Tensor) -> bool:
 
 
 def _nearest_in_graph(runs: list[_Run], logits: torch.Tensor) -> list[_Run]:
-    """Runs of the modules whose parameters stand nearest to the logits in the autograd graph; none without a graph."""
+    """Runs of the modules whose parameters are nearest to the logits in the autograd graph."""
     owners = {
         id(parameter): run
         for run in runs
         for parameter in run.module._parameters.values()
         if parameter is not None
     }
-    level, seen = [logits.grad_fn] if logits.grad_fn is not None else [], set()
+    level: list[Any] = [] if logits.grad_fn is None else [logits.grad_fn]
+    seen: set[Any] = set()
     while level and len(seen) < _GRAPH_NODES:
         found = [owners[id(node.variable)] for node in level if id(getattr(node, "variable", None)) in owners]
         if found:

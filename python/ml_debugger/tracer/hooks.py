@@ -25,8 +25,8 @@ class HookSet:
     def attach(self, recorder: _core.Recorder, column: int, layer: Layer) -> None:
         """Capture the output of a layer in every call.
 
-        Compiled models need an effectful operation in place of the plain hook, and checkpointed ones a look at the autograd
-        graph task; both belong here.
+        Compiled models need an effectful operation in place of the plain hook, and checkpointed ones a look
+        at the autograd graph task; both belong here.
         """
         picker = self.picker(layer.alias, layer)
         hook = _core.CaptureHook(recorder, column, picker, always_prepare=picker.always)
@@ -57,15 +57,15 @@ class HookSet:
 
 
 def warn_about_fused_layers(model: torch.nn.Module, layers: list[Layer]) -> None:
-    """Tell that hooks switch off the fused path of ``TransformerEncoderLayer``, which changes rounding in eval mode."""
+    """Warn that hooks switch off the fused path of ``TransformerEncoderLayer``."""
     hooked = {id(layer.module) for layer in layers}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.TransformerEncoderLayer) and any(
             id(inner) in hooked for inner in module.modules()
         ):
             warnings.warn(
-                f"watching {path or 'the model'!r} or a module inside makes this TransformerEncoderLayer leave its fused "
-                "path in eval mode: slower, and results differ within rounding",
+                f"watching {path or 'the model'!r} or a module inside makes this encoder layer leave "
+                "its fused path in eval mode: slower, and results differ within rounding",
                 UserWarning,
                 stacklevel=5,
             )

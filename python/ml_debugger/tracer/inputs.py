@@ -1,8 +1,9 @@
-"""Checks of what a call is given: ids, labels, dataset type, epoch. Everything here runs before the forward."""
+"""Checks of what a call is given: ids, labels, dataset type, epoch. All of it runs before the forward."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Union
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ _LABELS_HINT = "pass a tensor, an array or a list, hard (B,) or soft (B, C), or 
 class Labels(NamedTuple):
     """Ground truth of one call in the form in which it is copied: a tensor, or a C-contiguous numpy array."""
 
-    values: Union[torch.Tensor, np.ndarray[Any, Any]]
+    values: torch.Tensor | np.ndarray[Any, Any]
     dtype: str
     shape: tuple[int, ...]
 
@@ -27,17 +28,14 @@ def parse_ids(input_ids: Any) -> list[str]:
     """Return the ids of a call as text.
 
     Args:
-        input_ids: List or tuple of str or int, numpy array of text or integers, or integer tensor on any device
-            (a copy from a device waits for it); one dimension.
+        input_ids: List or tuple of str or int, numpy array of text or integers, or integer tensor on any
+            device (a copy from a device waits for it); one dimension.
 
     Raises:
         InvalidTypeError: Another type, or an id that is neither text nor an integer.
         InvalidInputError: Not one-dimensional, or text that holds a lone surrogate or NUL.
     """
-    if isinstance(input_ids, (list, tuple)):
-        ids = input_ids
-    else:
-        ids = _ids_of_array(input_ids)
+    ids = input_ids if isinstance(input_ids, (list, tuple)) else _ids_of_array(input_ids)
     try:
         text = "".join(ids)  # the fastest check that all are text
     except TypeError:
@@ -173,7 +171,8 @@ def parse_labels(ground_truth: Any, batch_size: int) -> Labels:
     shape = labels.shape
     if len(shape) not in (1, 2) or shape[0] != batch_size:
         raise InvalidInputError(
-            f"ground_truth must have shape ({batch_size},) or ({batch_size}, C) for {batch_size} input_ids, got {shape}",
+            f"ground_truth must have shape ({batch_size},) or ({batch_size}, C), as there are {batch_size} "
+            f"input_ids, got {shape}",
             "pass one label a sample",
         )
     return labels
@@ -199,6 +198,14 @@ def _label_array(ground_truth: Any) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
 
+def _leaves(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
 def _list_array(values: Any) -> np.ndarray[Any, Any]:
     try:
         array = np.asarray(values)
@@ -211,6 +218,9 @@ def _list_array(values: Any) -> np.ndarray[Any, Any]:
             raise InvalidInputError("ground_truth holds an int wider than 64 bits", "use class numbers")
         return array.astype(np.int64)
     if array.dtype.kind == "f":
+        # numpy makes floats of ints that no integer type holds together.
+        if any(isinstance(value, int) and int(float(value)) != value for value in _leaves(values)):
+            raise InvalidInputError("ground_truth holds an int that a float cannot hold", "use class numbers")
         return array.astype(np.float64)
     if array.dtype.kind == "O" and any(isinstance(value, int) for value in values):
         raise InvalidInputError(

@@ -79,7 +79,8 @@ class _ModuleIndex:
 
     def layer(self, alias: str, path: str) -> Layer:
         module = self._find(path)
-        name, picks = path, ()
+        name: str = path
+        picks: tuple[PathKey, ...] = ()
         if module is None:
             name, picks = split_picks(path)
             module = self._find(name)

@@ -1,6 +1,7 @@
 """Ends of a process: every open session is flushed and closed, however the process ends.
 
-``atexit`` alone is not enough: fork and forkserver children skip it and run the finalizers of ``multiprocessing.util``.
+``atexit`` alone is not enough: fork and forkserver children skip it and run the finalizers of
+``multiprocessing.util``.
 """
 
 from __future__ import annotations

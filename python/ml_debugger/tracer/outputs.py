@@ -6,13 +6,13 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, Union
+from typing import Any
 
 import torch
 
 from ml_debugger.errors import InvalidInputError, MlDebuggerError
 
-PathKey = Union[int, str]
+PathKey = int | str
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BATCH_HINT = 'give one id a sample, pick another output with [i] or ["key"], or set TracerConfig.batch_dim'
@@ -33,7 +33,8 @@ class CallState(threading.local):
 class OutputPicker:
     """``prepare`` of one column: turns any output into the plain tensor to store.
 
-    Order: pick by path, find the first tensor with the batch size, batch dimension to the front, reduce, cast, keep the
+    Order: pick by path, find the first tensor with the batch size, batch dimension to the front, reduce,
+        cast, keep the
     sampled rows. Never changes the output, and holds no reference to it or to the tracer.
     """
 
@@ -66,7 +67,8 @@ class OutputPicker:
         """Return the tensor to store: dense, contiguous, detached, samples first.
 
         Raises:
-            InvalidInputError: Nothing in ``output`` has the batch size, or the tensor cannot be copied as bytes.
+            InvalidInputError: Nothing in ``output`` has the batch size, or the tensor cannot be copied as
+                bytes.
         """
         tensor = self._find(output)
         with torch.no_grad():
@@ -94,8 +96,8 @@ class OutputPicker:
             else f"no tensor ({type(output).__name__})"
         )
         raise InvalidInputError(
-            f"layer {self._alias!r} returned {found}, expected {batch_size} samples (one for each input id) along "
-            f"dimension {self._batch_dim}",
+            f"layer {self._alias!r} returned {found}, expected {batch_size} samples (one for each input id) "
+            f"along dimension {self._batch_dim}",
             _BATCH_HINT,
         )
 
@@ -107,7 +109,8 @@ class OutputPicker:
             raise
         except RuntimeError as error:
             raise InvalidInputError(
-                f"reduce[{self._alias!r}] failed on {dtype_name(tensor.dtype)} {tuple(tensor.shape)}: {error}",
+                f"reduce[{self._alias!r}] failed on a {dtype_name(tensor.dtype)} tensor of shape "
+                f"{tuple(tensor.shape)}: {error}",
                 "reduce that layer with a callable of your own",
             ) from error
         if not isinstance(reduced, torch.Tensor) or reduced.ndim == 0 or reduced.shape[0] != rows:
@@ -120,7 +123,7 @@ class OutputPicker:
 
 
 def reduce_tensor(tensor: torch.Tensor, reduction: str | Callable[[Any], Any] | None) -> Any:
-    """Apply one entry of ``TracerConfig.reduce``; ``"mean"`` and ``"max"`` pool every dimension behind dimension 1."""
+    """Apply one entry of ``TracerConfig.reduce``; ``"mean"`` and ``"max"`` pool all behind dimension 1."""
     if callable(reduction):
         return reduction(tensor)
     if reduction == "flatten":
@@ -155,7 +158,7 @@ def has_batch_size(tensor: torch.Tensor, batch_size: int, dimension: int = 0) ->
 
 
 def find_logits(model_output: Any, batch_size: int, dimension: int = 0) -> torch.Tensor | None:
-    """The logits in a model's output: the output itself, its ``logits``, or its first tensor with the batch size."""
+    """The logits in an output: the output itself, its ``logits``, or its first tensor with the batch size."""
     named = None
     if isinstance(model_output, Mapping):
         named = model_output.get("logits")

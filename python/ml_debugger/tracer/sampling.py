@@ -1,4 +1,4 @@
-"""Which samples of a call are recorded: a fraction, the same one in every epoch, on every rank and machine."""
+"""Which samples are recorded: a fraction, the same one in every epoch, on every rank and machine."""
 
 from __future__ import annotations
 

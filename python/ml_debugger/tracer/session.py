@@ -1,4 +1,4 @@
-"""One attempt at recording a trace: version file, store and recorder, from opening to closing. Knows nothing of models."""
+"""One attempt at recording a trace: version file, store and recorder. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ from ml_debugger.tracer import lifecycle
 logger = logging.getLogger("ml_debugger")
 
 _opening = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _opening
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 class TraceSession:
@@ -110,6 +118,7 @@ class TraceSession:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called."""
         return self._closed
 
     @property
@@ -118,10 +127,11 @@ class TraceSession:
         return self._pid != os.getpid()
 
     def counters(self) -> dict[str, Any]:
+        """The fields of `TracerStats`, by name."""
         return self.recorder.counters()
 
     def flush(self, timeout_s: float | None) -> None:
-        """Return when all rows handed over are committed; as `_core.Recorder.flush`, silent under ``on_error="warn"``."""
+        """Return when all rows handed over are committed; silent about failures under ``on_error="warn"``."""
         if self._closed or self.inherited:
             return
         try:
@@ -183,9 +193,11 @@ class TraceSession:
             StorageError: The storage failed and ``on_error="raise"``.
             TraceStallError: ``close_timeout_s`` passed; the rows in flight are lost if the process ends now.
         """
+        if self.inherited:  # the lock may be held by a thread that does not exist here
+            self._closed = True
+            return
         with self._close_lock:
-            if self._closed or self.inherited:
-                self._closed = True
+            if self._closed:
                 return
             self._closed = True
             lifecycle.unregister(self)
@@ -225,7 +237,7 @@ class TraceSession:
         lost = {name: counters[f"rows_{name}"] for name in ("discarded", "failed", "in_flight")}
         if any(lost.values()):
             logger.warning(
-                "trace %r / %r: of %d rows %d were committed, %d discarded, %d failed, %d were left in flight",
+                "trace %r / %r: of %d rows %d were committed, %d discarded, %d failed, %d left in flight",
                 self.info.model_name,
                 self.info.version_name,
                 counters["rows_submitted"],

@@ -12,7 +12,6 @@ from typing import Any
 import msgpack
 import torch
 
-from ml_debugger import _core
 from ml_debugger.config import TracerConfig
 from ml_debugger.errors import (
     InvalidInputError,
@@ -24,14 +23,14 @@ from ml_debugger.stats import TracerStats
 from ml_debugger.store.layout import VersionInfo, check_name
 from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, parse_values, select_labels
 from ml_debugger.tracer.description import CapturedColumn, Columns
-from ml_debugger.tracer.fields import Field, FieldValue, parse_fields
+from ml_debugger.tracer.fields import FieldValue, parse_fields
 from ml_debugger.tracer.fingerprint import fingerprint
 from ml_debugger.tracer.head import Head, HeadSearch
 from ml_debugger.tracer.hooks import HookSet, warn_about_fused_layers
 from ml_debugger.tracer.inputs import Labels, check_dataset_type, check_epoch, parse_ids, parse_labels
 from ml_debugger.tracer.layers import Layer, resolve_layers
 from ml_debugger.tracer.names import check_column_name, check_column_names
-from ml_debugger.tracer.outputs import find_logits, iterate_tensors, plain_tensor, select_rows
+from ml_debugger.tracer.outputs import find_logits, iterate_tensors, select_rows
 from ml_debugger.tracer.sampling import SampleFilter
 from ml_debugger.tracer.session import TraceSession
 
@@ -43,15 +42,15 @@ _pack = msgpack.packb
 class TorchTracer:
     """Records layer outputs and additional fields of a model, one row a sample; base of all tracers.
 
-    Subclasses say what the model's output means (`_parse_output`, `_parse_labels`) or take the whole step over
-    (`_parse_and_save_io_data`).
+    Subclasses say what the model's output means (`_parse_output`, `_parse_labels`) or take the whole step
+    over (`_parse_and_save_io_data`).
 
     Args:
         model: Any module; it is watched by hooks and otherwise left alone.
         model_name: Names the trace, with ``version_name``. Any non-empty text.
         version_name: See ``model_name``.
-        target_layers: ``{alias: dotted module path}``; None finds the classification head and records its input as
-            ``features``.
+        target_layers: ``{alias: dotted module path}``; None finds the classification head and records its
+            input as ``features``.
         additional_fields: Extra columns of ``extracted_feature``: ``[{"name": "camera", "type": "str"}]``.
         additional_label_fields: Extra columns of ``ground_truth``.
         force_table_recreate: Start from empty tables; takes a new architecture and new fields too.
@@ -133,7 +132,8 @@ class TorchTracer:
         self._call_numbers = itertools.count()
         self._sample_filter = SampleFilter(config.sample_fraction) if config.sample_fraction < 1 else None
         self._logits_dim = (config.batch_dim or {}).get("logits", 0)
-        # A subclass that takes parsing over may read, change or add keywords: then they are checked where they end up.
+        # A subclass that takes parsing over may read, change or add keywords: then they are checked where
+        # they end up.
         self._checks_early = type(self)._parse_and_save_io_data is TorchTracer._parse_and_save_io_data
         self._seen_epochs: set[int] = set()
         self._warned = False
@@ -180,7 +180,8 @@ class TorchTracer:
         Blocks only as ``TracerConfig.overflow`` says; copies synchronously, writes in the background.
 
         Args:
-            model_input: A tensor goes as the one argument, a tuple or list as positional arguments, a mapping as keywords.
+            model_input: A tensor goes as the one argument, a tuple or list as positional arguments, a mapping
+                as keywords.
             ground_truth: Labels (B,) or (B, C): tensor, array or list; None for none.
             input_ids: One id a sample: sequence of str or int, array, or integer tensor. Stored as text.
             dataset_type: Text such as ``"train"``.
@@ -202,10 +203,6 @@ class TorchTracer:
         if self._session is None or self._recorder.inert or not self._is_recorded():
             self._state.captured = None
             return self._forward(model_input)
-        if self._state.call is not None:
-            raise InvalidInputError(
-                "this thread is inside a call of this tracer already", "call the model itself there"
-            )
         call = self._begin(ground_truth, input_ids, dataset_type, n_epoch, kwargs)
         if call.stored_rows == 0:
             return self._forward(model_input)
@@ -255,9 +252,13 @@ class TorchTracer:
 
     def _record(self, call: TracedCall, model_input: Any, search: HeadSearch | None) -> Any:
         state, recorder = self._state, self._recorder
-        recorder.begin_call(call.epoch, call.batch_size)
+        if state.call is not None:
+            recorder.abort_call()  # a signal cut its end short, or it is nested: then the outer one fails to save
         try:
+            # First the mark, then the call, and the reverse at the end: a signal in between is seen by the
+            # next call.
             state.call, state.batch_size, state.rows = call, call.batch_size, call.rows
+            recorder.begin_call(call.epoch, call.batch_size)
             if search is None:
                 output = self._forward(model_input)
             else:
@@ -317,9 +318,9 @@ class TorchTracer:
     ) -> None:
         """Parse what the model was given and returned, and save it. The override point of subclasses.
 
-        Runs after the forward, in the calling thread. Whatever it raises reaches the caller, and nothing of the call is
-        stored. A subclass may take its own keywords out, change ``model_output`` or ``ground_truth``, read
-        `get_hooked_features`, and then calls this; without that nothing is stored.
+        Runs after the forward, in the calling thread. Whatever it raises reaches the caller, and nothing of
+        the call is stored. A subclass may take its own keywords out, change ``model_output`` or
+        ``ground_truth``, read `get_hooked_features`, and then calls this; without that nothing is stored.
 
         Args:
             model_input: As given to the call.
@@ -328,7 +329,8 @@ class TorchTracer:
             **kwargs: ``input_ids``, ``dataset_type``, ``n_epoch``, and the call's own keywords.
 
         Raises:
-            InvalidInputError: Unknown keywords, missing fields, wrong lengths or shapes, an output without the batch size.
+            InvalidInputError: Unknown keywords, missing fields, wrong lengths or shapes, an output without
+                the batch size.
             InvalidTypeError: A value of the wrong type.
         """
         call = self._state.call
@@ -347,7 +349,7 @@ class TorchTracer:
         self._save(call, ids, logits, values, labels)
 
     def _take_call_keywords(self, call: TracedCall, keywords: dict[str, Any]) -> list[str]:
-        """Take ``input_ids``, ``dataset_type`` and ``n_epoch`` out of ``keywords``; a subclass may have changed them."""
+        """Take ids, dataset type and epoch out of ``keywords``; a subclass may have changed them."""
         input_ids = keywords.pop("input_ids", call.input_ids)
         ids = call.ids if input_ids is call.input_ids else parse_ids(input_ids)
         if len(ids) != call.batch_size:
@@ -402,7 +404,7 @@ class TorchTracer:
         )
         recorder.capture_buffer(columns.input_id, _pack(ids))
         if later is not None:
-            recorder.capture_buffer(columns.label, later.values)
+            recorder.capture_buffer(columns.label, _buffer_of(later.values))
         if values:
             self._save_values(values)
         self._state.captured = description.captured
@@ -415,9 +417,9 @@ class TorchTracer:
             if isinstance(value.payload, torch.Tensor):
                 recorder.capture(column, value.payload)
             else:
-                recorder.capture_buffer(column, value.payload)
+                recorder.capture_buffer(column, _buffer_of(value.payload))
             if value.shapes is not None:
-                recorder.capture_buffer(column, value.shapes)
+                recorder.capture_buffer(column, _buffer_of(value.shapes))
 
     # After the call
 
@@ -425,8 +427,8 @@ class TorchTracer:
         if self._recorder.failed and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the storage of trace {self._model_name!r} / {self._version_name!r} has failed: recording stops, "
-                "training goes on, stats() counts what is lost",
+                f"the storage of trace {self._model_name!r} / {self._version_name!r} has failed: recording "
+                "stops, training goes on, stats() counts what is lost",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -449,8 +451,8 @@ class TorchTracer:
     def get_hooked_features(self, layer_name: str) -> torch.Tensor:
         """Return what this thread's last call (or the current one) captured for an alias.
 
-        Reads the recorded bytes back, so it equals what is stored even after in-place operations; with ``sample_fraction``
-        it holds the kept samples only.
+        Reads the recorded bytes back, so it equals what is stored even after in-place operations; with
+        ``sample_fraction`` it holds the kept samples only.
 
         Args:
             layer_name: An alias (with ``repeat="all"`` also ``alias.1``, ...).
@@ -463,8 +465,9 @@ class TorchTracer:
         """
         captured = self._captured_now()
         if layer_name not in captured:
+            listed = ", ".join(map(repr, captured)) or "nothing"
             raise NotFoundError(
-                f"the last call captured nothing for {layer_name!r}; it has {', '.join(map(repr, captured)) or 'nothing'}",
+                f"the last call captured nothing for {layer_name!r}; it has {listed}",
                 "name an alias of target_layers, after a call that was recorded",
             )
         capture, dtype, shape = captured[layer_name]
@@ -554,6 +557,11 @@ def _release(session: TraceSession, hooks: HookSet) -> None:
     """What happens to a tracer that is dropped without ``close()``."""
     hooks.remove()
     session.close_quietly()
+
+
+def _buffer_of(values: Any) -> bytes | memoryview:
+    """What the core copies: packed bytes, or the memory of a C-contiguous array."""
+    return values if isinstance(values, bytes) else values.data
 
 
 def _as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -154,7 +154,7 @@ class TrainingTracer(TorchTracer):
         dedupe: bool = True,
         progress: bool | Callable[..., Any] | None = None,
     ) -> Path | None:
-        """Write the trace (or one epoch of it) as a ZIP of numpy arrays; flushes first, works after ``close()``.
+        """Write the trace (or one epoch of it) as a ZIP; flushes first, works after ``close()``.
 
         Args:
             output_path: File or directory; a name without ``.zip`` is a directory, which gets
@@ -165,8 +165,8 @@ class TrainingTracer(TorchTracer):
             progress: Whether to show progress; None shows it on a terminal.
 
         Returns:
-            The path of the archive; None on a rank that is not the primary one, and when nothing is recorded here at all
-            (``mode="disabled"``).
+            The path of the archive; None on a rank that is not the primary one, and when nothing is recorded
+            here at all (``mode="disabled"``).
 
         Raises:
             StorageError: The archive cannot be written.
@@ -185,15 +185,17 @@ class TrainingTracer(TorchTracer):
         )
 
     def drop_epoch_data(self, n_epoch: int, *, attempt: int | None = None) -> dict[str, int]:
-        """Delete an epoch's rows of this rank; flushes first. When it returns the epoch is gone for every reader.
+        """Delete an epoch's rows of this rank; flushes first.
+
+        When it returns the epoch is gone for every reader, and its disk space is given back.
 
         Args:
             n_epoch: The epoch.
             attempt: Delete only what this attempt recorded.
 
         Returns:
-            Deleted rows by table: ``{"extracted_feature": N, "ground_truth": M}``, without the second if the trace has no
-            ground truth. Zeros if the epoch is not there.
+            Deleted rows by table: ``{"extracted_feature": N, "ground_truth": M}``, without the second if the
+            trace has no ground truth. Zeros if the epoch is not there.
 
         Raises:
             InvalidTypeError: ``n_epoch`` is not an int.

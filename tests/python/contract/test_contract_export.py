@@ -93,7 +93,9 @@ def test_a_failed_export_leaves_the_old_file(make_tracer: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("where", ["below a file", "in proc"])
-def test_a_target_that_cannot_be_written_is_an_error_of_ours(where: str, make_tracer: Any, tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_written_is_an_error_of_ours(
+    where: str, make_tracer: Any, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" if where == "below a file" else Path("/proc/self")
     tracer = filled(make_tracer)

@@ -218,6 +218,25 @@ def test_sample_fraction_keeps_the_same_ids_in_every_epoch_and_trace(make_tracer
     assert kept == kept_ids("v1", n_epoch=1) == kept_ids("v2", n_epoch=0) == kept_ids("v2", n_epoch=1)
 
 
+def test_sample_fraction_keeps_the_same_ids_in_another_process(make_tracer: Any, run_child: Any) -> None:
+    tracer = make_tracer(config=TracerConfig(sample_fraction=0.25))
+    tracer(torch.zeros(500, 4), None, range(500))
+    tracer.flush()
+    run_child(
+        """
+        from contract_models import Net
+        from ml_debugger import TracerConfig
+        from ml_debugger.training import ClassificationTracer
+        with ClassificationTracer(Net(seed=9), "other", "v9", {"x": "act"},
+                                  config=TracerConfig(sample_fraction=0.25)) as tracer:
+            tracer(torch.zeros(500, 4), None, [str(i) for i in reversed(range(500))], "val", 3)
+        """,
+        env={"PYTHONHASHSEED": "12345"},
+    )
+    elsewhere = set(map(str, open_trace("other", "v9").arrays("extracted_feature")["input_id"]))
+    assert kept_ids("v1") == elsewhere and len(elsewhere) > 80
+
+
 def test_sample_fraction_keeps_rows_and_labels_together(make_tracer: Any) -> None:
     model = Net()
     tracer = make_tracer(model, layers={"hidden": "body"}, config=TracerConfig(sample_fraction=0.5))

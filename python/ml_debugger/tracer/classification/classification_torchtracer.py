@@ -14,17 +14,17 @@ __all__ = ["ClassificationTorchTracer"]
 
 
 class ClassificationTorchTracer(TorchTracer):
-    """Records ``logits`` beside the layers: the model's output itself, or its ``logits``. Arguments as `TorchTracer`."""
+    """Records ``logits`` too: the model's output itself, or its ``logits``. Arguments as `TorchTracer`."""
 
     def _parse_output(self, model_output: Any, batch_size: int) -> torch.Tensor:
         logits = find_logits(model_output, batch_size, self._logits_dim)
         if logits is None:
-            shapes = ", ".join(
-                str(tuple(tensor.shape)) for tensor in iterate_tensors(model_output) if not tensor.is_nested
-            )
+            tensors = [tensor for tensor in iterate_tensors(model_output) if not tensor.is_nested]
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            found = shapes or f"no tensor ({type(model_output).__name__})"
             raise InvalidInputError(
-                f"the model returned {shapes or f'no tensor ({type(model_output).__name__})'}, expected {batch_size} samples "
-                f"(one for each input id) along dimension {self._logits_dim}",
+                f"the model returned {found}, expected {batch_size} samples (one for each input id) along "
+                f"dimension {self._logits_dim}",
                 "give one id a sample, or hand a changed model_output on from _parse_and_save_io_data",
             )
         logits = plain_tensor(logits, "the model's output")

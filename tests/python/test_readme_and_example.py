@@ -1,0 +1,192 @@
+"""The README's code runs as it stands, and the example prints what its export holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ml_debugger
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "digits.py"
+README = ROOT / "README.md"
+EPOCHS = 2
+MAX_SECONDS = 100
+
+COMPARISON = re.compile(
+    r"^ +(\d+)  (train|val) +(\d+) / (\d+) = +([\d.]+)% +(\d+) / (\d+) = +([\d.]+)%  (equal|DIFFERENT)$", re.M
+)
+MOMENT = re.compile(r"^  (before|after): +(\d+) rows, +([\d.]+) MB on disk, epochs (\[.*\])$", re.M)
+
+
+def run(program: Path, *arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program as a user would, in ``folder``, with this test's package and without its settings."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLD_")}
+    environment |= {
+        "PYTHONWARNINGS": "error::RuntimeWarning",
+        "OMP_NUM_THREADS": "1",
+        "MLD_RING_BYTES": str(8 << 20),
+    }
+    command = [sys.executable, str(program), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+    )
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("example")
+
+
+@pytest.fixture(scope="module")
+def example(folder: Path) -> subprocess.CompletedProcess[str]:
+    """One run of the example: its output is what the tests below look at."""
+    options = ["--epochs", str(EPOCHS), "--data-dir", "traces", "--output", "out.zip"]
+    result = run(EXAMPLE, *options, folder=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def accuracies_of(archive_path: Path) -> dict[tuple[str, int], tuple[int, int]]:
+    """(right answers, samples) by split and epoch, row by row, each label found by its row_id."""
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    with np.load(archive_path) as archive:
+        label_of = dict(
+            zip(archive["ground_truth/row_id"].tolist(), archive["ground_truth/label"].tolist(), strict=True)
+        )
+        rows = zip(
+            archive["extracted_feature/row_id"].tolist(),
+            archive["extracted_feature/dataset_type"].tolist(),
+            archive["extracted_feature/n_epoch"].tolist(),
+            archive["extracted_feature/logits"],
+            strict=True,
+        )
+        for row_id, split, epoch, logits in rows:
+            correct, samples = found.get((split, epoch), (0, 0))
+            found[split, epoch] = (correct + int(np.argmax(logits) == label_of[row_id]), samples + 1)
+    return found
+
+
+def test_python_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    program = tmp_path / "readme.py"
+    program.write_text("\n".join(python_blocks()), encoding="utf-8")
+    result = run(program, folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert Path(lines[0]) == tmp_path / "mlp_v1.zip"
+    base = "'row_id', 'input_id', 'dataset_type', 'n_epoch'"
+    assert lines[1] == f"[0, 1, 2] [{base}, 'hidden', 'logits'] [{base}, 'label']"
+    # 512 samples in batches of 64: the third epoch is the calls 16 to 23.
+    assert lines[3:] == [f"{call} (64, 3)" for call in range(16, 24)]
+
+
+def test_first_block_of_the_readme_has_fifteen_lines() -> None:
+    assert len([line for line in python_blocks()[0].splitlines() if line]) == 15
+
+
+def test_readme_quotes_what_the_setup_says_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "scripts" / "development_environment.py"
+    specification = importlib.util.spec_from_file_location("development_environment", path)
+    assert specification is not None and specification.loader is not None
+    setup = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(setup)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(setup.SetupError) as raised:
+        setup.check_compilers()
+    assert f"[setup] {raised.value}" in " ".join(README.read_text(encoding="utf-8").split())
+
+
+def test_example_prints_the_accuracies_that_its_export_holds(
+    example: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    lines = COMPARISON.findall(example.stdout)
+    assert len(lines) == 2 * EPOCHS
+    held = accuracies_of(folder / "out.zip")
+    assert len(held) == 2 * EPOCHS
+    for epoch, split, *figures, verdict in lines:
+        correct, samples = held[split, int(epoch)]
+        expected = [str(correct), str(samples), f"{correct / samples:.2%}".rstrip("%")]
+        assert figures == expected * 2
+        assert verdict == "equal"
+
+
+def test_example_records_every_sample_once_an_epoch(
+    example: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    with np.load(folder / "out.zip") as archive:
+        ids, epochs = archive["extracted_feature/input_id"], archive["extracted_feature/n_epoch"]
+        names, labels = archive["ground_truth/digit_name"], archive["ground_truth/label"]
+        assert archive["extracted_feature/conv"].shape == (EPOCHS * 1797, 32, 4, 4)
+        assert archive["extracted_feature/hidden"].shape == (EPOCHS * 1797, 64)
+        assert archive["extracted_feature/ink"].dtype == np.float64
+    for epoch in range(EPOCHS):
+        assert sorted(ids[epochs == epoch].tolist(), key=int) == [str(number) for number in range(1797)]
+    assert set(zip(labels.tolist(), names.tolist(), strict=True)) >= {(0, "zero"), (9, "nine")}
+    assert len(set(zip(labels.tolist(), names.tolist(), strict=True))) == 10
+    rows = EPOCHS * 1797
+    counts = f"{rows} rows submitted: {rows} committed, 0 discarded, 0 failed, 0 in flight"
+    assert counts in example.stdout
+
+
+def test_example_drops_one_epoch_and_gets_its_disk_space_back(
+    example: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    before, after = MOMENT.findall(example.stdout)
+    assert (before[0], after[0]) == ("before", "after")
+    assert (int(before[1]), int(after[1])) == (EPOCHS * 1797, (EPOCHS - 1) * 1797)
+    assert (before[3], after[3]) == ("[0, 1]", "[1]")
+    now = sum(path.stat().st_blocks * 512 for path in (folder / "traces").rglob("*.mdb")) / 1e6
+    assert float(after[2]) == pytest.approx(now, abs=0.1)
+    assert float(after[2]) < 0.6 * float(before[2])
+    trace = ml_debugger.open_trace("digits_cnn", "v1", data_dir=folder / "traces")
+    assert trace.epochs == [1]
+    assert trace.num_rows("ground_truth") == (EPOCHS - 1) * 1797
+
+
+def test_example_shows_a_progress_bar(example: subprocess.CompletedProcess[str]) -> None:
+    assert re.search(r"training: 100%.*60/60", example.stderr)
+
+
+def test_example_is_deterministic_and_starts_anew_each_time(
+    example: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    again = run(EXAMPLE, "--epochs", str(EPOCHS), "--data-dir", "traces2", "--output", "again", folder=folder)
+    assert again.returncode == 0, again.stderr
+    assert COMPARISON.findall(again.stdout) == COMPARISON.findall(example.stdout)
+    first, second = (folder / "out.zip").read_bytes(), (folder / "again" / "digits_cnn_v1.zip").read_bytes()
+    assert first == second
+
+
+def test_example_fails_when_the_export_holds_something_else(folder: Path) -> None:
+    program = folder / "wrong.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(EXAMPLE.parent)!r}); import digits\n"
+        "honest = digits.accuracies_in\n"
+        "def one_more(path):\n"
+        "    found = honest(path)\n"
+        "    found['val', 0] = found['val', 0]._replace(correct=found['val', 0].correct + 1)\n"
+        "    return found\n"
+        "digits.accuracies_in = one_more\n"
+        "digits.main()\n",
+        encoding="utf-8",
+    )
+    result = run(program, "--epochs", "1", "--data-dir", "traces3", folder=folder)
+    assert result.returncode == 1, result.stdout
+    assert "FAILED: the export and the training loop disagree" in result.stderr
+    assert [(split, verdict) for _, split, *_, verdict in COMPARISON.findall(result.stdout)] == [
+        ("train", "equal"),
+        ("val", "DIFFERENT"),
+    ]
