@@ -38,4 +38,9 @@ set(MLD_CORE_TESTS
     partition_failure_test.cpp
     environment_test.cpp
     segment_reader_test.cpp
-    store_test.cpp)
+    store_test.cpp
+    writer_test.cpp
+    recorder_test.cpp
+    overflow_test.cpp
+    fork_test.cpp
+    stress_test.cpp)

@@ -372,9 +372,12 @@ void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks&
     runtime->wait_slice(seen, hooks);
   }
   raise_failure();
-  const StoreState* store = store_.get();
-  runtime->run_on_writer([store, keep = store_](Writer& writer) { writer.write_status(*store, true); },
-                          options_.stall_timeout, "flush", hooks);
+  runtime->run_on_writer(
+      [store = store_](Writer& writer) {
+        writer.drain_all();  // gaps hold no ring memory, so nothing above has waited for them
+        writer.write_status(*store, true);
+      },
+      options_.stall_timeout, "flush", hooks);
 }
 
 bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
@@ -397,6 +400,9 @@ bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
     // The thread may sit in the kernel for ever; what it uses must outlive it.
     static_cast<void>(new std::shared_ptr<Recorder>(shared_from_this()));
     return false;
+  } catch (...) {
+    closed_.store(false, std::memory_order_release);  // a signal ended the wait: the next close() does it all
+    throw;
   }
   let_go();
   return true;

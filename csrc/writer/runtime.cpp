@@ -170,7 +170,8 @@ void Runtime::sleep_until_due() {
   until.tv_nsec = ns % 1000000000;
   while (sem_clockwait(&wake_signal_, CLOCK_MONOTONIC, &until) != 0 && errno == EINTR) {
   }
-  wake_requested_.store(false, std::memory_order_relaxed);
+  // acq_rel PAIRS WITH wake(): whoever was spared the system call by the flag has published before we look.
+  wake_requested_.exchange(false, std::memory_order_acq_rel);
 }
 
 void Runtime::work() {
@@ -178,17 +179,23 @@ void Runtime::work() {
   bool more = true;
   while (more) {
     run_tasks();
-    more = writer_.drain_group(Clock::now(), group_bytes);
+    const bool did_some = writer_.drain_group(Clock::now(), group_bytes);
     read_position_.store(ring_.read_position(), std::memory_order_relaxed);
-    if (more) announce_progress();
+    if (did_some) announce_progress();
+    // What came meanwhile waits for its interval unless it makes a group: else a steady producer would keep us
+    // committing call by call, each with a sync of its own.
+    more = did_some && ring_.head() - ring_.read_position() >= wake_granules_.load(std::memory_order_relaxed);
+    keep_house();
   }
+  retry_at_ = writer_.next_retry();
+}
+
+void Runtime::keep_house() {
   const auto now = Clock::now();
   writer_.maintain(now);
-  retry_at_ = writer_.next_retry();
-  if (now - status_written_ >= kStatusInterval) {
-    status_written_ = now;
-    writer_.write_changed_status();
-  }
+  if (now - status_written_ < kStatusInterval) return;
+  status_written_ = now;
+  writer_.write_changed_status();
 }
 
 void Runtime::run_tasks() {

@@ -79,6 +79,7 @@ class Runtime {
   void thread_main();
   void sleep_until_due();
   void work();
+  void keep_house();
   void run_tasks();
   void announce_progress();
 

@@ -61,7 +61,7 @@ void Writer::detach(std::uint32_t recorder_id) {
     try {
       partition->seal();
     } catch (const StoreError& error) {
-      if (!first_error) first_error = error;
+      if (!first_error && !track.recorder->is_failed()) first_error = error;  // a failure was told already
     }
     partition->close_environment();
   }

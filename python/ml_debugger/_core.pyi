@@ -114,7 +114,9 @@ class Recorder:
 class CaptureHook:
     """Forward hook of one column: copies the layer's output into the calling thread's current call, if it has one."""
 
-    def __init__(self, recorder: Recorder, column: int, prepare: Callable[[Any], Any], *, always_prepare: bool = False) -> None:
+    def __init__(
+        self, recorder: Recorder, column: int, prepare: Callable[[Any], Any], *, always_prepare: bool = False
+    ) -> None:
         """``prepare(output)`` turns any output into the tensor to store; skipped for a plain, dense tensor whose
         first dimension is the batch size, unless ``always_prepare``."""
 

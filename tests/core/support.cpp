@@ -18,7 +18,7 @@
 
 namespace support {
 
-void skipped(const char* why) { std::fprintf(stderr, "skipped (%s): ", why); }
+void skipped(const char* why) { std::fprintf(stderr, "skipped a test: %s\n", why); }
 
 std::string pattern(std::uint64_t seed, std::size_t bytes) {
   Random random(seed);

@@ -1,4 +1,4 @@
-"""Additional fields: specifications, names, and the values that calls bring; nothing is converted silently."""
+"""Additional fields: specifications, names, and the values that calls bring."""
 
 from __future__ import annotations
 

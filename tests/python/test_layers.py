@@ -1,4 +1,4 @@
-"""Layer paths: wrappers may be given or left out, picks are split off, unknown paths name the closest ones."""
+"""Layer paths: wrappers may be given or left out, picks are split off, unknown paths name the closest."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_reading_what_is_not_there_creates_nothing(tmp_path: Path) -> None:
 )
 def test_damaged_or_newer_version_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "version.json").write_text(text)
-    with pytest.raises(CorruptDataError, match="version.json"):
+    with pytest.raises(CorruptDataError, match=r"version\.json"):
         layout.read_version(tmp_path)
 
 

@@ -21,7 +21,7 @@ from ml_debugger.errors import (
     NotFoundError,
     TracerClosedError,
 )
-from ml_debugger.training import ClassificationTracer, ClassificationTorchTracer, TrainingTracer
+from ml_debugger.training import ClassificationTorchTracer, ClassificationTracer, TrainingTracer
 
 BATCH = 4
 IDS = [f"sample-{number}" for number in range(BATCH)]
@@ -178,6 +178,26 @@ def test_inputs_are_checked_before_the_forward(make: Any, inputs: torch.Tensor) 
     with pytest.raises(InvalidInputError):
         tracer(inputs, LABELS[:1], IDS)
     assert model[0].num_batches_tracked == 0
+
+
+def test_a_call_inside_of_a_call_is_recorded_and_the_outer_one_is_refused(
+    make: Any, inputs: torch.Tensor
+) -> None:
+    model = Net()
+    tracer = make(model, {"body": "body"})
+    inner = [True]
+
+    def call_again(*_: Any) -> None:
+        if inner.pop() if inner else False:
+            tracer(inputs, None, [f"inner-{name}" for name in IDS])
+
+    handle = model.fc.register_forward_hook(call_again)
+    with pytest.raises(InvalidInputError, match="not from within the model"):
+        tracer(inputs, LABELS, IDS)
+    handle.remove()
+    tracer(inputs, LABELS, IDS)
+    tracer.flush()
+    assert stored("input_id") == [*(f"inner-{name}" for name in IDS), *IDS]
 
 
 def test_sampling_keeps_the_same_rows_of_every_column(make: Any) -> None:

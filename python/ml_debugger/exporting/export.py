@@ -34,7 +34,8 @@ def export_trace(
     """Write what is committed of a trace into a ZIP of npy members with a `manifest.json`.
 
     Blocks until the file is complete and durable. Memory: some blocks of 8 MiB, 8 bytes a call and, with
-    ``dedupe``, at most 24 bytes a row. Two exports of the same rows are equal byte for byte.
+    ``dedupe``, at most 24 bytes a row. Small columns, text and rows of differing shape go through temporary
+    files beside the output. Two exports of the same rows are equal byte for byte.
 
     Args:
         trace_dir: Directory of the (model, version).

@@ -13,10 +13,10 @@ from ml_debugger import _core
 from ml_debugger.store import layout
 from ml_debugger.trace.catalog import RankSummary
 from ml_debugger.trace.header import Gap
+from ml_debugger.trace.npy_member import FORMAT_VERSION, MANIFEST_NAME
 from ml_debugger.trace.schema import ColumnSchema, recorded_label
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "column_entry", "discarded_entry", "encode", "ranks_entry"]
 
 
 def column_entry(schema: ColumnSchema, written: np.dtype[Any], *, one_shape: bool) -> dict[str, Any]:

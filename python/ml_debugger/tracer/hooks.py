@@ -21,6 +21,7 @@ class HookSet:
         self._config = config
         self._state = state
         self._handles: list[RemovableHandle] = []
+        self._removed = False
 
     def attach(self, recorder: _core.Recorder, column: int, layer: Layer) -> None:
         """Capture the output of a layer in every call.
@@ -35,6 +36,8 @@ class HookSet:
     def attach_head(self, recorder: _core.Recorder, column: int, alias: str, head: Head) -> None:
         """Capture the input of the head in every call, before the head can change it."""
         hook = _core.CaptureHook(recorder, column, self.picker(alias), always_prepare=True)
+        if self._removed:  # by another thread's close() during the call that found the head
+            return
         self._handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=head.by_keyword))
 
     def picker(self, alias: str, layer: Layer | None = None) -> OutputPicker:
@@ -51,7 +54,8 @@ class HookSet:
         )
 
     def remove(self) -> None:
-        """Take all hooks away. Idempotent."""
+        """Take all hooks away, for good. Idempotent."""
+        self._removed = True
         while self._handles:
             self._handles.pop().remove()
 

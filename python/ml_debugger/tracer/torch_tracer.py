@@ -14,6 +14,7 @@ import torch
 
 from ml_debugger.config import TracerConfig
 from ml_debugger.errors import (
+    AliasNotCapturedError,
     InvalidInputError,
     InvalidTypeError,
     NotFoundError,
@@ -253,7 +254,7 @@ class TorchTracer:
     def _record(self, call: TracedCall, model_input: Any, search: HeadSearch | None) -> Any:
         state, recorder = self._state, self._recorder
         if state.call is not None:
-            recorder.abort_call()  # a signal cut its end short, or it is nested: then the outer one fails to save
+            recorder.abort_call()  # its end was cut short by a signal, or it is the outer one of two
         try:
             # First the mark, then the call, and the reverse at the end: a signal in between is seen by the
             # next call.
@@ -277,9 +278,13 @@ class TorchTracer:
                 state.captured = None
                 return output
             accepted = recorder.end_call(call.description, call.stored_rows, call.ground_truth_rows)
-        except BaseException:
+        except BaseException as error:
             recorder.abort_call()
             state.captured = None
+            if self._closed and isinstance(
+                error, AliasNotCapturedError
+            ):  # another thread took the hooks away
+                raise self._closed_error("the end of a call") from None
             raise
         finally:
             state.call, state.batch_size, state.rows = None, 0, None
@@ -336,7 +341,8 @@ class TorchTracer:
         call = self._state.call
         if call is None or call.description is not None:
             raise InvalidInputError(
-                "there is no call to save", "_parse_and_save_io_data runs once, inside of a call"
+                "there is no call to save: it was saved before, or this thread began another inside",
+                "call a tracer once for each forward, and not from within the model",
             )
         ids = self._take_call_keywords(call, kwargs)
         has_labels = ground_truth is not None

@@ -210,6 +210,21 @@ def test_key_error_if_sampling_left_the_call_out(make_tracer: Any) -> None:
         tracer.get_hooked_features("hidden")
 
 
+def test_key_error_if_sample_fraction_left_every_sample_of_the_call_out(make_tracer: Any) -> None:
+    tracer = make_tracer(config=TracerConfig(sample_fraction=0.2))
+    kept = 0
+    for i in range(60):
+        tracer(torch.zeros(1, 4), None, [i])
+        tracer.flush()
+        if rows_of() > kept:
+            kept += 1
+            assert tracer.get_hooked_features("hidden").shape == (1, 6)
+        else:
+            with refused(KeyError):
+                tracer.get_hooked_features("hidden")
+    assert 0 < kept < 60
+
+
 def test_key_error_after_a_call_whose_forward_failed(make_tracer: Any) -> None:
     tracer = make_tracer()
     tracer(*batch(2))

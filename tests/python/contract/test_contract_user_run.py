@@ -7,6 +7,8 @@ import copy
 import io
 import pickle
 import random
+import warnings
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -174,6 +176,19 @@ def test_a_copy_run_inside_the_traced_forward_is_not_mixed_in(make_tracer: Any) 
     x, y, ids = batch(3)
     tracer(x, y, ids)
     assert torch.equal(tracer.get_hooked_features("hidden"), model.body(x).detach())
+
+
+def test_leaving_the_fused_transformer_path_is_warned_about(make_tracer: Any, caplog: Any) -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model = nn.Sequential(OrderedDict(encoder=encoder, head=nn.Linear(8, 3))).eval()
+    x = torch.randn(3, 5, 8)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        tracer = make_tracer(model, layers={"inner": "encoder.linear1"})
+        tracer(x, None, ["a", "b", "c"])
+    said = " ".join([*(str(w.message) for w in caught), *(r.getMessage() for r in caplog.records)])
+    assert "TransformerEncoder" in said or "fused" in said
+    nothing_visible(tracer, rows=3)
 
 
 def test_averaged_models_and_ema_copies_work(make_tracer: Any) -> None:
