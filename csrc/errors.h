@@ -1,5 +1,5 @@
-// The core's exception family. Cold paths throw these; bindings/bind_errors.cpp alone turns them into
-// `ml_debugger.errors`. The hot path returns enums and never throws.
+// The core's exception family. Cold paths throw these; bindings/bind_errors.cpp alone turns them
+// into `ml_debugger.errors`. The hot path returns enums and never throws.
 #pragma once
 
 #include <stdexcept>
@@ -35,7 +35,8 @@ class Error : public std::runtime_error {
   std::string hint_;
 };
 
-// A failed call of LMDB or the filesystem. `code` is an errno or an MDB_* value, so that the writer can choose a remedy.
+// A failed call of LMDB or the filesystem. `code` is an errno or an MDB_* value, so that the writer
+// can choose a remedy.
 class StoreError : public Error {
  public:
   StoreError(int code, const std::string& message, std::string hint = {})

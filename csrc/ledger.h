@@ -1,10 +1,11 @@
 // The counters of one attempt and the law they obey.
 //
-// INVARIANT: rows_submitted == rows_committed + rows_discarded + rows_failed + rows_in_flight at every moment that
-// snapshot() can see, and the same for bytes. Each counter is counted at its own place; none is derived from others.
+// INVARIANT: rows_submitted == rows_committed + rows_discarded + rows_failed + rows_in_flight at
+// every moment that snapshot() can see, and the same for bytes. Each counter is counted at its own
+// place; none is derived from others.
 //
-// Thread safety: all. A mutex, not atomics: a call (not a hook) takes it twice and the writer once a commit, and only a
-// lock lets a reader see all of them at one moment.
+// Thread safety: all. A mutex, not atomics: a call (not a hook) takes it twice and the writer once
+// a commit, and only a lock lets a reader see all of them at one moment.
 #pragma once
 
 #include <array>
@@ -17,8 +18,10 @@ enum class LossCause { kRingFull, kStall, kDropped };
 inline constexpr std::array<const char*, 3> kLossCauseNames = {"ring_full", "stall", "dropped"};
 
 struct Counters {
-  std::uint64_t rows_submitted = 0, rows_committed = 0, rows_discarded = 0, rows_failed = 0, rows_in_flight = 0;
-  std::uint64_t bytes_submitted = 0, bytes_committed = 0, bytes_discarded = 0, bytes_failed = 0, bytes_in_flight = 0;
+  std::uint64_t rows_submitted = 0, rows_committed = 0, rows_discarded = 0, rows_failed = 0,
+                rows_in_flight = 0;
+  std::uint64_t bytes_submitted = 0, bytes_committed = 0, bytes_discarded = 0, bytes_failed = 0,
+                bytes_in_flight = 0;
   std::array<std::uint64_t, 3> rows_discarded_by_cause{};
   std::uint64_t stalls = 0, stall_ns = 0, commits = 0;
   std::uint64_t write_ns = 0, written_bytes = 0;  // of committed group writes, for the throughput

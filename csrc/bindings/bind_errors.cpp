@@ -36,7 +36,8 @@ const char* class_name(ErrorKind kind) {
 
 void set_python_error(const Error& error) {
   try {
-    const py::object type = py::module_::import("ml_debugger.errors").attr(class_name(error.kind()));
+    const py::object type =
+        py::module_::import("ml_debugger.errors").attr(class_name(error.kind()));
     const py::object exception = type(error.what(), error.hint());
     PyErr_SetObject(type.ptr(), exception.ptr());
   } catch (py::error_already_set& failure) {

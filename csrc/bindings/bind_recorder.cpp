@@ -21,8 +21,12 @@ class BufferSource final : public ByteSource {
   BufferSource(const BufferSource&) = delete;
   BufferSource& operator=(const BufferSource&) = delete;
 
-  [[nodiscard]] std::uint64_t bytes() const noexcept { return static_cast<std::uint64_t>(view_.len); }
-  [[nodiscard]] const std::byte* borrow() override { return static_cast<const std::byte*>(view_.buf); }
+  [[nodiscard]] std::uint64_t bytes() const noexcept {
+    return static_cast<std::uint64_t>(view_.len);
+  }
+  [[nodiscard]] const std::byte* borrow() override {
+    return static_cast<const std::byte*>(view_.buf);
+  }
 
  private:
   Py_buffer view_{};
@@ -30,7 +34,8 @@ class BufferSource final : public ByteSource {
 
 ThreadCall& open_call(Recorder& recorder) {
   ThreadCall* call = recorder.current_call();
-  if (call == nullptr) throw Error(ErrorKind::kInvalidInput, "capture without begin_call in this thread");
+  if (call == nullptr)
+    throw Error(ErrorKind::kInvalidInput, "capture without begin_call in this thread");
   return *call;
 }
 
@@ -53,13 +58,15 @@ py::list captures(Recorder& recorder) {
   if (call == nullptr) return found;
   for (const CaptureInfo& info : call->captures) {
     py::tuple shape(info.ndim);
-    for (std::uint32_t dim = 0; dim < info.ndim; ++dim) shape[dim] = py::int_(call->dims[info.first_dim + dim]);
+    for (std::uint32_t dim = 0; dim < info.ndim; ++dim)
+      shape[dim] = py::int_(call->dims[info.first_dim + dim]);
     found.append(py::make_tuple(info.column, info.dtype, shape));
   }
   return found;
 }
 
-bool end_call(Recorder& recorder, const py::bytes& description, std::uint32_t rows, std::uint32_t ground_truth_rows) {
+bool end_call(Recorder& recorder, const py::bytes& description, std::uint32_t rows,
+              std::uint32_t ground_truth_rows) {
   if (recorder.is_inert()) return false;
   GilWaitHooks hooks;
   return recorder.end_call(std::string_view(description), rows, ground_truth_rows, hooks);
@@ -106,7 +113,9 @@ py::dict counters(const Recorder& recorder) {
   result["ring_high_water_bytes"] = recorder.ring_high_water_bytes();
   result["commits"] = counters.commits;
   result["write_throughput_bytes_per_s"] =
-      counters.write_ns == 0 ? 0.0 : static_cast<double>(counters.written_bytes) / (static_cast<double>(counters.write_ns) * 1e-9);
+      counters.write_ns == 0 ? 0.0
+                             : static_cast<double>(counters.written_bytes) /
+                                   (static_cast<double>(counters.write_ns) * 1e-9);
   return result;
 }
 
@@ -119,35 +128,45 @@ void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column, 
   recorder.capture(call, column, view.dtype, view.dims, view.ndim, view.bytes, source, hooks);
 }
 
-std::shared_ptr<Recorder> recorder_of(py::handle object) { return object.cast<std::shared_ptr<Recorder>>(); }
+std::shared_ptr<Recorder> recorder_of(py::handle object) {
+  return object.cast<std::shared_ptr<Recorder>>();
+}
 
 std::chrono::nanoseconds to_duration(double seconds) {
   constexpr double kLongest = 10.0 * 365 * 86400;
   const double bounded = std::isnan(seconds) ? 0.0 : std::min(std::max(seconds, 0.0), kLongest);
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(bounded));
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+      std::chrono::duration<double>(bounded));
 }
 
 void bind_recorder(py::module_& module) {
   py::class_<Recorder, std::shared_ptr<Recorder>>(module, "Recorder", py::is_final(),
                                                   "Private; see ml_debugger.tracer.TorchTracer.")
-      .def_property_readonly("attempt", [](const Recorder& recorder) { return recorder.options().attempt; })
+      .def_property_readonly("attempt",
+                             [](const Recorder& recorder) { return recorder.options().attempt; })
       .def_property_readonly("inert", &Recorder::is_inert)
       .def_property_readonly("failed", &Recorder::is_failed)
-      .def("begin_call",
-           [](Recorder& recorder, std::int64_t epoch, std::uint32_t batch_size) {
-             return recorder.is_inert() ? std::uint64_t{0} : recorder.begin_call(epoch, batch_size);
-           },
-           py::arg("epoch"), py::arg("batch_size"))
+      .def(
+          "begin_call",
+          [](Recorder& recorder, std::int64_t epoch, std::uint32_t batch_size) {
+            return recorder.is_inert() ? std::uint64_t{0} : recorder.begin_call(epoch, batch_size);
+          },
+          py::arg("epoch"), py::arg("batch_size"))
       .def("capture", &capture, py::arg("column"), py::arg("tensor"))
       .def("capture_buffer", &capture_buffer, py::arg("column"), py::arg("data"))
       .def("captures", &captures)
-      .def("end_call", &end_call, py::arg("description"), py::arg("rows"), py::arg("ground_truth_rows"))
+      .def("end_call", &end_call, py::arg("description"), py::arg("rows"),
+           py::arg("ground_truth_rows"))
       .def("abort_call",
            [](Recorder& recorder) {
              if (!recorder.is_inert()) recorder.abort_call();
            })
       .def("read_back", &read_back, py::arg("capture"))
       .def("flush", &flush, py::arg("timeout_s"))
+      .def("raise_failure",
+           [](const Recorder& recorder) {
+             if (!recorder.is_inert()) recorder.raise_failure();
+           })
       .def("counters", &counters)
       .def("close", &close, py::arg("timeout_s"));
 }

@@ -32,7 +32,8 @@ class SegmentHandle {
     return result;
   }
 
-  void read(const std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint32_t>>& chunks,
+  void read(const std::vector<
+                std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint32_t>>& chunks,
             const py::buffer& out) const {
     Py_buffer view{};
     if (PyObject_GetBuffer(out.ptr(), &view, PyBUF_WRITABLE) != 0) throw py::error_already_set();
@@ -42,8 +43,9 @@ class SegmentHandle {
     requests.reserve(chunks.size());
     for (const auto& [key, offset, bytes, crc] : chunks) {
       if (offset > room || bytes > room - offset) {
-        throw Error(ErrorKind::kInvalidInput, "a chunk of " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
-                                                  " does not fit a buffer of " + std::to_string(room));
+        throw Error(ErrorKind::kInvalidInput,
+                    "a chunk of " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+                        " does not fit a buffer of " + std::to_string(room));
       }
       requests.push_back({key, offset, bytes, crc});
     }
@@ -73,10 +75,12 @@ std::uint32_t crc32c_of(const py::buffer& data, std::uint32_t crc) {
 }  // namespace
 
 void bind_segment(py::module_& module) {
-  py::class_<SegmentHandle>(module, "Segment", py::is_final(), "Private; see ml_debugger.open_trace.")
+  py::class_<SegmentHandle>(module, "Segment", py::is_final(),
+                            "Private; see ml_debugger.open_trace.")
       .def(py::init<const std::string&, bool>(), py::arg("path"), py::kw_only(), py::arg("sealed"))
       .def("meta", &SegmentHandle::meta)
-      .def("headers", &SegmentHandle::headers, py::arg("after") = py::none(), py::arg("limit") = 1024)
+      .def("headers", &SegmentHandle::headers, py::arg("after") = py::none(),
+           py::arg("limit") = 1024)
       .def("read", &SegmentHandle::read, py::arg("chunks"), py::arg("out"))
       .def("close", &SegmentHandle::close);
   module.def("crc32c", &crc32c_of, py::arg("data"), py::arg("crc") = 0);

@@ -16,9 +16,11 @@ class StoreHandle {
               std::optional<std::uint64_t> max_bytes, std::size_t segment_bytes)
       : directory_(directory) {
     if (rank >= kMaxRanks) {
-      throw Error(ErrorKind::kInvalidInput, "rank " + std::to_string(rank) + " is not below " + std::to_string(kMaxRanks));
+      throw Error(ErrorKind::kInvalidInput,
+                  "rank " + std::to_string(rank) + " is not below " + std::to_string(kMaxRanks));
     }
-    StoreOptions options{rank, durability == "process" ? Sync::kOnRequest : Sync::kEveryCommit, max_bytes, segment_bytes};
+    StoreOptions options{rank, durability == "process" ? Sync::kOnRequest : Sync::kEveryCommit,
+                         max_bytes, segment_bytes};
     const py::gil_scoped_release unlocked;
     use_ = StoreUse(directory, options);
   }
@@ -26,12 +28,14 @@ class StoreHandle {
   [[nodiscard]] const std::string& directory() const { return directory_; }
   [[nodiscard]] std::uint64_t disk_bytes() const { return state().disk_bytes(); }
 
-  std::shared_ptr<Recorder> recorder(std::uint32_t attempt, const std::string& overflow, const std::string& on_error,
-                                     std::size_t ring_bytes, std::size_t commit_bytes, double commit_interval_s,
+  std::shared_ptr<Recorder> recorder(std::uint32_t attempt, const std::string& overflow,
+                                     const std::string& on_error, std::size_t ring_bytes,
+                                     std::size_t commit_bytes, double commit_interval_s,
                                      double stall_timeout_s) {
     if (attempt >= kMaxAttempts) {
       throw Error(ErrorKind::kInvalidInput,
-                  "this trace has seen " + std::to_string(kMaxAttempts) + " attempts, as many as it can number",
+                  "this trace has seen " + std::to_string(kMaxAttempts) +
+                      " attempts, as many as it can number",
                   "record under another version_name, or set force_table_recreate=True");
     }
     RecorderOptions options;
@@ -49,17 +53,19 @@ class StoreHandle {
     return Recorder::open(use_, options);
   }
 
-  std::pair<std::uint64_t, std::uint64_t> drop_epoch(std::int64_t epoch, std::optional<std::uint32_t> attempt,
+  std::pair<std::uint64_t, std::uint64_t> drop_epoch(std::int64_t epoch,
+                                                     std::optional<std::uint32_t> attempt,
                                                      double timeout_s) {
     auto dropped = std::make_shared<DroppedRows>();
-    run([state = use_.state(), dropped, epoch, attempt](Writer& writer) { *dropped = writer.drop_epoch(*state, epoch, attempt); },
+    run([state = use_.state(), dropped, epoch,
+         attempt](Writer& writer) { *dropped = writer.drop_epoch(*state, epoch, attempt); },
         [&] { *dropped = state().drop_epoch(epoch, attempt); }, timeout_s, "drop_epoch_data");
     return {dropped->rows, dropped->ground_truth_rows};
   }
 
   void drop_all(double timeout_s) {
-    run([state = use_.state()](Writer& writer) { writer.drop_all_epochs(*state); }, [&] { state().drop_all(); }, timeout_s,
-        "drop_version_data");
+    run([state = use_.state()](Writer& writer) { writer.drop_all_epochs(*state); },
+        [&] { state().drop_all(); }, timeout_s, "drop_version_data");
   }
 
   void close() { use_.release(); }
@@ -93,16 +99,19 @@ class StoreHandle {
 }  // namespace
 
 void bind_store(py::module_& module) {
-  py::class_<StoreHandle>(module, "Store", py::is_final(), "Private; see ml_debugger.training.TrainingTracer.")
-      .def(py::init<const std::string&, std::uint32_t, const std::string&, std::optional<std::uint64_t>, std::size_t>(),
-           py::arg("directory"), py::kw_only(), py::arg("rank"), py::arg("durability"), py::arg("max_bytes") = py::none(),
-           py::arg("segment_bytes") = std::size_t{4} << 30)
+  py::class_<StoreHandle>(module, "Store", py::is_final(),
+                          "Private; see ml_debugger.training.TrainingTracer.")
+      .def(py::init<const std::string&, std::uint32_t, const std::string&,
+                    std::optional<std::uint64_t>, std::size_t>(),
+           py::arg("directory"), py::kw_only(), py::arg("rank"), py::arg("durability"),
+           py::arg("max_bytes") = py::none(), py::arg("segment_bytes") = std::size_t{4} << 30)
       .def_property_readonly("directory", &StoreHandle::directory)
       .def_property_readonly("disk_bytes", &StoreHandle::disk_bytes)
-      .def("recorder", &StoreHandle::recorder, py::arg("attempt"), py::kw_only(), py::arg("overflow"), py::arg("on_error"),
-           py::arg("ring_bytes"), py::arg("commit_bytes"), py::arg("commit_interval_s"), py::arg("stall_timeout_s"))
-      .def("drop_epoch", &StoreHandle::drop_epoch, py::arg("epoch"), py::kw_only(), py::arg("attempt"),
-           py::arg("timeout_s"))
+      .def("recorder", &StoreHandle::recorder, py::arg("attempt"), py::kw_only(),
+           py::arg("overflow"), py::arg("on_error"), py::arg("ring_bytes"), py::arg("commit_bytes"),
+           py::arg("commit_interval_s"), py::arg("stall_timeout_s"))
+      .def("drop_epoch", &StoreHandle::drop_epoch, py::arg("epoch"), py::kw_only(),
+           py::arg("attempt"), py::arg("timeout_s"))
       .def("drop_all", &StoreHandle::drop_all, py::kw_only(), py::arg("timeout_s"))
       .def("close", &StoreHandle::close);
   module.def("is_locked", &LockFile::is_held, py::arg("path"));

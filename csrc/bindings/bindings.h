@@ -30,7 +30,8 @@ class GilWaitHooks final : public WaitHooks {
 };
 
 // REQUIRES: the GIL. Copies one exact tensor into the call.
-void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column, pybind11::handle tensor);
+void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column,
+                    pybind11::handle tensor);
 
 // The C++ object behind a `_core.Recorder`; throws TypeError for anything else.
 std::shared_ptr<Recorder> recorder_of(pybind11::handle object);

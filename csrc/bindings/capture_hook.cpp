@@ -1,9 +1,9 @@
-// The forward hook: a raw CPython type, because a hook runs for every layer of every step and pybind11's dispatch alone
-// would cost more than the copy of a small tensor.
+// The forward hook: a raw CPython type, because a hook runs for every layer of every step and
+// pybind11's dispatch alone would cost more than the copy of a small tensor.
 //
-// It holds no state of a call; that belongs to the thread (ThreadCall). A deepcopy or a pickle of a traced model must
-// neither fail nor record, so both turn the hook into a do-nothing callable of the standard library, which also loads
-// where this package is not installed.
+// It holds no state of a call; that belongs to the thread (ThreadCall). A deepcopy or a pickle of a
+// traced model must neither fail nor record, so both turn the hook into a do-nothing callable of
+// the standard library, which also loads where this package is not installed.
 #include <pybind11/pybind11.h>
 #include <structmember.h>
 
@@ -18,8 +18,7 @@ namespace mld {
 namespace {
 
 struct CaptureHook {
-  PyObject_HEAD
-  vectorcallfunc vectorcall;
+  PyObject_HEAD vectorcallfunc vectorcall;
   PyObject* weak_references;
   PyObject* prepare;
   std::shared_ptr<Recorder> recorder;
@@ -27,16 +26,20 @@ struct CaptureHook {
   bool always_prepare;
 };
 
-// The output goes as it stands when it is one plain tensor whose rows are the batch; all else is prepare's.
+// The output goes as it stands when it is one plain tensor whose rows are the batch; all else is
+// prepare's.
 bool is_plain(const CaptureHook& hook, const ThreadCall& call, PyObject* output) {
-  return !hook.always_prepare && is_exact_tensor(output) && first_dimension(output) == call.batch_size;
+  return !hook.always_prepare && is_exact_tensor(output) &&
+         first_dimension(output) == call.batch_size;
 }
 
-PyObject* hook_call(PyObject* self, PyObject* const* arguments, std::size_t flags, PyObject* keywords) {
+PyObject* hook_call(PyObject* self, PyObject* const* arguments, std::size_t flags,
+                    PyObject* keywords) {
   auto& hook = *reinterpret_cast<CaptureHook*>(self);
   const Py_ssize_t count = PyVectorcall_NARGS(flags);
   if (count < 2 || (keywords != nullptr && PyTuple_GET_SIZE(keywords) != 0)) {
-    PyErr_SetString(PyExc_TypeError, "CaptureHook is called as (module, arguments, output) or (module, arguments)");
+    PyErr_SetString(PyExc_TypeError,
+                    "CaptureHook is called as (module, arguments, output) or (module, arguments)");
     return nullptr;
   }
   ThreadCall* call = hook.recorder->current_call();
@@ -46,7 +49,8 @@ PyObject* hook_call(PyObject* self, PyObject* const* arguments, std::size_t flag
     if (is_plain(hook, *call, output)) {
       capture_tensor(*hook.recorder, *call, hook.column, output);
     } else {
-      const auto tensor = py::reinterpret_steal<py::object>(PyObject_CallOneArg(hook.prepare, output));
+      const auto tensor =
+          py::reinterpret_steal<py::object>(PyObject_CallOneArg(hook.prepare, output));
       if (!tensor) return nullptr;
       capture_tensor(*hook.recorder, *call, hook.column, tensor);
     }
@@ -68,8 +72,8 @@ PyObject* hook_new(PyTypeObject* type, PyObject* arguments, PyObject* keywords) 
   PyObject *recorder = nullptr, *prepare = nullptr;
   unsigned column = 0;
   int always_prepare = 0;
-  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OIO|$p", const_cast<char**>(names), &recorder, &column, &prepare,
-                                   &always_prepare)) {
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OIO|$p", const_cast<char**>(names),
+                                   &recorder, &column, &prepare, &always_prepare)) {
     return nullptr;
   }
   try {
@@ -113,7 +117,9 @@ void hook_dealloc(PyObject* self) {
 }
 
 // contextlib.nullcontext().__exit__: takes three arguments, does nothing, returns None.
-py::object do_nothing() { return py::module_::import("contextlib").attr("nullcontext")().attr("__exit__"); }
+py::object do_nothing() {
+  return py::module_::import("contextlib").attr("nullcontext")().attr("__exit__");
+}
 
 PyObject* hook_deepcopy(PyObject*, PyObject*) {
   try {
@@ -135,14 +141,17 @@ PyObject* hook_reduce(PyObject*, PyObject*) {
   }
 }
 
-PyMethodDef kMethods[] = {{"__deepcopy__", hook_deepcopy, METH_O, "A callable that does nothing."},
-                          {"__copy__", hook_deepcopy, METH_NOARGS, "A callable that does nothing."},
-                          {"__reduce__", hook_reduce, METH_NOARGS, "Pickles as a callable that does nothing."},
-                          {nullptr, nullptr, 0, nullptr}};
+PyMethodDef kMethods[] = {
+    {"__deepcopy__", hook_deepcopy, METH_O, "A callable that does nothing."},
+    {"__copy__", hook_deepcopy, METH_NOARGS, "A callable that does nothing."},
+    {"__reduce__", hook_reduce, METH_NOARGS, "Pickles as a callable that does nothing."},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyMemberDef kMembers[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, static_cast<Py_ssize_t>(offsetof(CaptureHook, vectorcall)), READONLY, nullptr},
-    {"__weaklistoffset__", T_PYSSIZET, static_cast<Py_ssize_t>(offsetof(CaptureHook, weak_references)), READONLY, nullptr},
+    {"__vectorcalloffset__", T_PYSSIZET, static_cast<Py_ssize_t>(offsetof(CaptureHook, vectorcall)),
+     READONLY, nullptr},
+    {"__weaklistoffset__", T_PYSSIZET,
+     static_cast<Py_ssize_t>(offsetof(CaptureHook, weak_references)), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr}};
 
 template <class Function>

@@ -47,6 +47,7 @@ struct ExchangeApi {
   int (*current_work_stream)(DeviceType type, std::int32_t index, void** stream);
 };
 
-static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, shape) == 24 && offsetof(Tensor, byte_offset) == 40);
+static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, shape) == 24 &&
+              offsetof(Tensor, byte_offset) == 40);
 
 }  // namespace mld::dlpack

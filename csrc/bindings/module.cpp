@@ -8,7 +8,8 @@
 PYBIND11_MODULE(_core, module) {
   module.doc() = "C++ core of ml_debugger. Private: the public face is in the Python modules.";
   module.attr("FORMAT_VERSION") = mld::kFormatVersion;
-  module.attr("LMDB_VERSION") = std::to_string(MDB_VERSION_MAJOR) + "." + std::to_string(MDB_VERSION_MINOR) + "." +
+  module.attr("LMDB_VERSION") = std::to_string(MDB_VERSION_MAJOR) + "." +
+                                std::to_string(MDB_VERSION_MINOR) + "." +
                                 std::to_string(MDB_VERSION_PATCH);
   module.attr("MAX_RANKS") = mld::kMaxRanks;
   module.attr("MAX_ATTEMPTS") = mld::kMaxAttempts;

@@ -44,7 +44,8 @@ constexpr std::array kDtypes = {
 
 const char* dtype_name(const dlpack::DataType& dtype) noexcept {
   for (const DtypeName& known : kDtypes) {
-    if (known.code == dtype.code && known.bits == dtype.bits && known.lanes == dtype.lanes) return known.name;
+    if (known.code == dtype.code && known.bits == dtype.bits && known.lanes == dtype.lanes)
+      return known.name;
   }
   return nullptr;
 }
@@ -63,7 +64,7 @@ struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   const dlpack::ExchangeApi* api = nullptr;
-  PyObject* is_neg = nullptr;   // interned names of methods
+  PyObject* is_neg = nullptr;  // interned names of methods
   PyObject* is_conj = nullptr;
 };
 
@@ -72,7 +73,8 @@ bool g_use_exchange_api = true;
 const dlpack::ExchangeApi* find_exchange_api(py::handle tensor_type) {
   const py::object capsule = py::getattr(tensor_type, "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeCapsule)) return nullptr;
-  auto* header = static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeCapsule));
+  auto* header = static_cast<dlpack::ExchangeHeader*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeCapsule));
   while (header != nullptr && header->major != dlpack::kMajorVersion) header = header->previous;
   const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
   return api != nullptr && api->borrow != nullptr ? api : nullptr;
@@ -98,7 +100,8 @@ const dlpack::ExchangeApi* exchange_api() { return g_use_exchange_api ? torch().
 
 bool has_flag(PyObject* tensor, PyObject* method) {
   PyObject* arguments[] = {tensor};
-  PyObject* answer = PyObject_VectorcallMethod(method, arguments, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  PyObject* answer =
+      PyObject_VectorcallMethod(method, arguments, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
   if (answer == nullptr) throw py::error_already_set();
   const bool flag = answer == Py_True;
   Py_DECREF(answer);
@@ -118,7 +121,8 @@ bool is_contiguous(const dlpack::Tensor& tensor) noexcept {
 
 std::uint64_t bytes_of(const dlpack::Tensor& tensor) noexcept {
   std::uint64_t elements = 1;
-  for (std::int32_t dim = 0; dim < tensor.ndim; ++dim) elements *= static_cast<std::uint64_t>(tensor.shape[dim]);
+  for (std::int32_t dim = 0; dim < tensor.ndim; ++dim)
+    elements *= static_cast<std::uint64_t>(tensor.shape[dim]);
   return elements * tensor.dtype.bits * tensor.dtype.lanes / 8;
 }
 
@@ -141,19 +145,23 @@ std::int64_t first_dimension(PyObject* tensor) noexcept {
   return raw.shape[0];
 }
 
-TensorSource::TensorSource(py::handle tensor) : tensor_(py::reinterpret_borrow<py::object>(tensor)) {
+TensorSource::TensorSource(py::handle tensor)
+    : tensor_(py::reinterpret_borrow<py::object>(tensor)) {
   if (!is_exact_tensor(tensor.ptr())) {
     throw Error(ErrorKind::kInvalidType,
-                "expected a torch.Tensor, got " + py::str(py::type::of(tensor).attr("__qualname__")).cast<std::string>());
+                "expected a torch.Tensor, got " +
+                    py::str(py::type::of(tensor).attr("__qualname__")).cast<std::string>());
   }
   if (try_borrow()) return;
   make_plain();
   if (!try_borrow()) {
     throw Error(ErrorKind::kInvalidType,
-                "a tensor with layout " + py::str(tensor.attr("layout")).cast<std::string>() + ", dtype " +
-                    py::str(tensor.attr("dtype")).cast<std::string>() + " on " +
-                    py::str(tensor.attr("device")).cast<std::string>() + " has no dense bytes to store",
-                "trace a layer with a dense output, or pass TracerConfig.reduce a callable that makes it dense");
+                "a tensor with layout " + py::str(tensor.attr("layout")).cast<std::string>() +
+                    ", dtype " + py::str(tensor.attr("dtype")).cast<std::string>() + " on " +
+                    py::str(tensor.attr("device")).cast<std::string>() +
+                    " has no dense bytes to store",
+                "trace a layer with a dense output, or pass TracerConfig.reduce a callable that "
+                "makes it dense");
   }
 }
 
@@ -170,8 +178,8 @@ bool TensorSource::try_borrow() {
   // DLPack hands conjugated and negated views out as if they were resolved.
   if (has_flag(tensor_.ptr(), torch().is_neg)) return false;
   if (is_complex(raw.dtype) && has_flag(tensor_.ptr(), torch().is_conj)) return false;
-  view_ = {static_cast<const std::byte*>(raw.data) + raw.byte_offset, raw.shape, static_cast<std::uint32_t>(raw.ndim),
-           bytes_of(raw), dtype_name(raw.dtype)};
+  view_ = {static_cast<const std::byte*>(raw.data) + raw.byte_offset, raw.shape,
+           static_cast<std::uint32_t>(raw.ndim), bytes_of(raw), dtype_name(raw.dtype)};
   // FakeTensor and its like answer with no memory.
   return view_.dtype != nullptr && (raw.data != nullptr || view_.bytes == 0);
 }
@@ -195,7 +203,8 @@ void TensorSource::view_by_pointer() {
   view_.dims = dims_.data();
   view_.ndim = static_cast<std::uint32_t>(dims_.size());
   view_.bytes = tensor_.attr("nbytes").cast<std::uint64_t>();
-  view_.data = reinterpret_cast<const std::byte*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
+  view_.data =
+      reinterpret_cast<const std::byte*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
   view_.dtype = dtype_name(dtype.substr(dtype.find('.') + 1));
   if (view_.data == nullptr && view_.bytes != 0) view_.dtype = nullptr;
 }
@@ -203,7 +212,8 @@ void TensorSource::view_by_pointer() {
 const std::byte* TensorSource::borrow() {
   const std::uint64_t bytes = view_.bytes;
   if (!try_borrow() || view_.bytes != bytes) {
-    throw Error(ErrorKind::kInvalidInput, "a tensor was changed by another thread while it was being copied",
+    throw Error(ErrorKind::kInvalidInput,
+                "a tensor was changed by another thread while it was being copied",
                 "do not resize a layer's output while its forward runs");
   }
   return view_.data;

@@ -1,6 +1,7 @@
-// From a torch tensor to bytes: which objects are taken, how they are made plain and dense, and how their memory is
-// borrowed. By DLPack's C exchange API where torch has it (2.10+), else by data_ptr(), which knows every dtype of every
-// torch, where __dlpack__ refuses the float8 types before 2.9.
+// From a torch tensor to bytes: which objects are taken, how they are made plain and dense, and how
+// their memory is borrowed. By DLPack's C exchange API where torch has it (2.10+), else by
+// data_ptr(), which knows every dtype of every torch, where __dlpack__ refuses the float8 types
+// before 2.9.
 //
 // All with the GIL held.
 #pragma once
@@ -12,13 +13,14 @@
 
 namespace mld {
 
-// Whether `object` is exactly a torch.Tensor or torch.nn.Parameter: a subclass may mean its bytes differently.
+// Whether `object` is exactly a torch.Tensor or torch.nn.Parameter: a subclass may mean its bytes
+// differently.
 [[nodiscard]] bool is_exact_tensor(PyObject* object) noexcept;
 
 class TensorSource final : public ByteSource {
  public:
-  // Takes what it can of `tensor` as it stands, and a dense CPU copy of what it cannot. Throws Error(kInvalidType) for
-  // what has no dense bytes.
+  // Takes what it can of `tensor` as it stands, and a dense CPU copy of what it cannot. Throws
+  // Error(kInvalidType) for what has no dense bytes.
   explicit TensorSource(pybind11::handle tensor);
 
   [[nodiscard]] const TensorView& view() const noexcept { return view_; }
@@ -37,8 +39,8 @@ class TensorSource final : public ByteSource {
 // Size of the first dimension; -1 for a scalar or for what cannot be borrowed.
 [[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
 
-// Imports torch and looks up what we need of it. At import, since two hooks that met in it first could deadlock: one in
-// the import without the GIL, one with the GIL waiting for the first.
+// Imports torch and looks up what we need of it. At import, since two hooks that met in it first
+// could deadlock: one in the import without the GIL, one with the GIL waiting for the first.
 void look_up_torch();
 
 // Tests only: behave as with a torch that lacks the exchange API.

@@ -1,4 +1,5 @@
-// What lies in a ring slot: this header, then the payload. Shared by the recorder (producers) and the writer (consumer).
+// What lies in a ring slot: this header, then the payload. Shared by the recorder (producers) and
+// the writer (consumer).
 #pragma once
 
 #include <cstddef>

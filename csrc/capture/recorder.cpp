@@ -31,21 +31,25 @@ ThreadCall& call_of_this_thread(const std::shared_ptr<Recorder>& recorder) {
 
 // After its deadline a close still tries this long, so that close(0) of an idle tracer succeeds.
 constexpr auto kLeastWait = std::chrono::milliseconds(200);
-// The writer gives up on a full disk after stall_timeout too, counted from its first failure; its verdict says more than
-// that of a waiter, so the waiter lets it come first.
+// The writer gives up on a full disk after stall_timeout too, counted from its first failure; its
+// verdict says more than that of a waiter, so the waiter lets it come first.
 constexpr auto kVerdictGrace = std::chrono::seconds(1);
 
 std::int64_t compose_row_id(std::uint64_t rank, std::uint64_t attempt, std::uint64_t row) noexcept {
   return static_cast<std::int64_t>(rank << (kAttemptBits + kRowBits) | attempt << kRowBits | row);
 }
 
-Error closed_error() { return Error(ErrorKind::kTracerClosed, "the tracer is closed", "make a new tracer"); }
+Error closed_error() {
+  return Error(ErrorKind::kTracerClosed, "the tracer is closed", "make a new tracer");
+}
 
-// Holds a count up while it lives. seq_cst on both sides PAIRS WITH close(): either close() sees the count, or the counted
-// one sees closed_.
+// Holds a count up while it lives. seq_cst on both sides PAIRS WITH close(): either close() sees
+// the count, or the counted one sees closed_.
 class CountGuard {
  public:
-  explicit CountGuard(std::atomic<std::uint32_t>& count) : count_(count) { count_.fetch_add(1, std::memory_order_seq_cst); }
+  explicit CountGuard(std::atomic<std::uint32_t>& count) : count_(count) {
+    count_.fetch_add(1, std::memory_order_seq_cst);
+  }
   ~CountGuard() { count_.fetch_sub(1, std::memory_order_seq_cst); }
   CountGuard(const CountGuard&) = delete;
   CountGuard& operator=(const CountGuard&) = delete;
@@ -70,8 +74,8 @@ class StallClock {
 
 }  // namespace
 
-void ThreadCall::begin(std::shared_ptr<Runtime> new_runtime, std::uint64_t new_number, std::int64_t new_epoch,
-                       std::uint32_t new_batch_size) {
+void ThreadCall::begin(std::shared_ptr<Runtime> new_runtime, std::uint64_t new_number,
+                       std::int64_t new_epoch, std::uint32_t new_batch_size) {
   state = State::kOpen;
   fate = Fate::kStored;
   runtime = std::move(new_runtime);
@@ -91,7 +95,11 @@ void ThreadCall::end(State new_state) {
 
 Recorder::Recorder(std::uint32_t id, std::shared_ptr<Runtime> runtime, const StoreUse& store,
                    const RecorderOptions& options)
-    : id_(id), options_(options), store_(store.state()), runtime_(std::move(runtime)), use_(store) {}
+    : id_(id),
+      options_(options),
+      store_(store.state()),
+      runtime_(std::move(runtime)),
+      use_(store) {}
 
 std::shared_ptr<Recorder> Recorder::open(const StoreUse& store, const RecorderOptions& options) {
   auto runtime = Runtime::acquire(options.ring_bytes);
@@ -106,7 +114,9 @@ std::shared_ptr<Runtime> Recorder::runtime() const {
   return runtime_;
 }
 
-std::size_t Recorder::ring_high_water_bytes() const noexcept { return high_water_bytes_.load(std::memory_order_relaxed); }
+std::size_t Recorder::ring_high_water_bytes() const noexcept {
+  return high_water_bytes_.load(std::memory_order_relaxed);
+}
 
 ThreadCall* Recorder::last_call() noexcept {
   for (ThreadEntry& entry : t_entries) {
@@ -129,13 +139,15 @@ std::uint64_t Recorder::begin_call(std::int64_t epoch, std::uint32_t batch_size)
     throw Error(ErrorKind::kInvalidInput, "this thread is inside another call of the same tracer",
                 "do not call a tracer from within the model that it traces");
   }
-  call.begin(std::move(ring_owner), next_call_.fetch_add(1, std::memory_order_relaxed), epoch, batch_size);
+  call.begin(std::move(ring_owner), next_call_.fetch_add(1, std::memory_order_relaxed), epoch,
+             batch_size);
   if (is_failed()) call.fate = ThreadCall::Fate::kFailed;
   return call.number;
 }
 
-void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype, const std::int64_t* dims,
-                       std::uint32_t ndim, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks) {
+void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype,
+                       const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
+                       ByteSource& source, WaitHooks& hooks) {
   const auto number = static_cast<std::uint32_t>(call.captures.size());
   call.captures.push_back({column, dtype, static_cast<std::uint32_t>(call.dims.size()), ndim,
                            static_cast<std::uint32_t>(call.pieces.size()), 0, bytes});
@@ -149,7 +161,8 @@ void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype
   header.capture = number;
   Runtime& runtime = *call.runtime;
   const std::uint64_t max_piece = runtime.max_piece_bytes();
-  for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored; offset += max_piece) {
+  for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored;
+       offset += max_piece) {
     header.payload_bytes = std::min(max_piece, bytes - offset);
     Ring::Slot slot;
     if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
@@ -164,14 +177,17 @@ void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype
   }
 }
 
-bool Recorder::reserve(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot, WaitHooks& hooks) {
+bool Recorder::reserve(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
+                       WaitHooks& hooks) {
   Ring& ring = call.runtime->ring();
-  if (!ring.try_reserve(slot_bytes, slot) && !reserve_slow(call, slot_bytes, slot, hooks)) return false;
+  if (!ring.try_reserve(slot_bytes, slot) && !reserve_slow(call, slot_bytes, slot, hooks))
+    return false;
   note_high_water(ring);
   return true;
 }
 
-bool Recorder::reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot, WaitHooks& hooks) {
+bool Recorder::reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
+                            WaitHooks& hooks) {
   Runtime& runtime = *call.runtime;
   Ring& ring = runtime.ring();
   if (options_.overflow == OverflowPolicy::kDiscard) {
@@ -181,8 +197,9 @@ bool Recorder::reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot
   if (options_.overflow == OverflowPolicy::kRaise) {
     runtime.wake();
     throw Error(ErrorKind::kRingOverflow,
-                "the ring of " + std::to_string(ring.capacity_bytes()) + " bytes is full: " +
-                    std::to_string(ring.used_bytes()) + " wait to be written and " + std::to_string(slot_bytes) + " more came",
+                "the ring of " + std::to_string(ring.capacity_bytes()) +
+                    " bytes is full: " + std::to_string(ring.used_bytes()) +
+                    " wait to be written and " + std::to_string(slot_bytes) + " more came",
                 "raise TracerConfig.ring_bytes, or choose overflow=\"block\" or \"discard\"");
   }
   const StallClock stall(ledger_);
@@ -195,11 +212,12 @@ bool Recorder::reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot
     }
     if (stall.elapsed() >= options_.stall_timeout) {
       if (options_.on_error == OnError::kWarn) return lose(call, LossCause::kStall);
-      throw Error(ErrorKind::kTraceStall,
-                  "the ring stayed full for stall_timeout_s=" +
-                      std::to_string(std::chrono::duration<double>(options_.stall_timeout).count()) +
-                      ": the disk does not take what is recorded",
-                  "look at the disk, raise TracerConfig.stall_timeout_s, or choose overflow=\"discard\"");
+      throw Error(
+          ErrorKind::kTraceStall,
+          "the ring stayed full for stall_timeout_s=" +
+              std::to_string(std::chrono::duration<double>(options_.stall_timeout).count()) +
+              ": the disk does not take what is recorded",
+          "look at the disk, raise TracerConfig.stall_timeout_s, or choose overflow=\"discard\"");
     }
     runtime.wait_slice(seen, hooks);
   }
@@ -215,7 +233,8 @@ void Recorder::note_high_water(Ring& ring) noexcept {
   // relaxed: a statistic.
   const std::uint64_t used = ring.used_bytes();
   std::uint64_t seen = high_water_bytes_.load(std::memory_order_relaxed);
-  while (used > seen && !high_water_bytes_.compare_exchange_weak(seen, used, std::memory_order_relaxed)) {
+  while (used > seen &&
+         !high_water_bytes_.compare_exchange_weak(seen, used, std::memory_order_relaxed)) {
   }
 }
 
@@ -225,22 +244,25 @@ void Recorder::check_budget(const ThreadCall& call) const {
   const std::uint64_t used = store_->disk_bytes() + ledger_.snapshot().bytes_in_flight;
   if (used + call.bytes <= *max_bytes) return;
   throw Error(ErrorKind::kDiskBudget,
-              "the trace takes " + std::to_string(used) + " bytes and this call " + std::to_string(call.bytes) +
+              "the trace takes " + std::to_string(used) + " bytes and this call " +
+                  std::to_string(call.bytes) +
                   " more, above max_bytes=" + std::to_string(*max_bytes),
               "raise TracerConfig.max_bytes, set keep_epochs, or drop an epoch");
 }
 
-bool Recorder::end_call(std::string_view description, std::uint32_t rows, std::uint32_t ground_truth_rows,
-                        WaitHooks& hooks) {
+bool Recorder::end_call(std::string_view description, std::uint32_t rows,
+                        std::uint32_t ground_truth_rows, WaitHooks& hooks) {
   ThreadCall* call = current_call();
-  if (call == nullptr) throw Error(ErrorKind::kInvalidInput, "end_call without begin_call in this thread");
+  if (call == nullptr)
+    throw Error(ErrorKind::kInvalidInput, "end_call without begin_call in this thread");
   const CountGuard ending(ending_);
   if (closed_.load(std::memory_order_seq_cst)) throw closed_error();
   Runtime& runtime = *call->runtime;
   const std::size_t slot_bytes = sizeof(RecordHeader) + description.size();
   if (slot_bytes > runtime.ring().max_slot_bytes() / 2) {
     throw Error(ErrorKind::kInvalidInput,
-                "the description of the call takes " + std::to_string(description.size()) + " bytes, too many for the ring",
+                "the description of the call takes " + std::to_string(description.size()) +
+                    " bytes, too many for the ring",
                 "record fewer columns a call, or raise TracerConfig.ring_bytes");
   }
   if (call->fate == ThreadCall::Fate::kStored) check_budget(*call);
@@ -258,8 +280,8 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows, std::u
   header.payload_bytes = description.size();
   header.rows = rows;
   header.ground_truth_rows = ground_truth_rows;
-  header.first_row =
-      compose_row_id(store_->options().rank, options_.attempt, next_row_.fetch_add(rows, std::memory_order_relaxed));
+  header.first_row = compose_row_id(store_->options().rank, options_.attempt,
+                                    next_row_.fetch_add(rows, std::memory_order_relaxed));
   header.call_bytes = call->bytes;
   std::memcpy(slot.data, &header, sizeof header);
   std::memcpy(slot.data + sizeof header, description.data(), description.size());
@@ -298,8 +320,9 @@ void Recorder::note_loss(const ThreadCall& call, std::uint64_t rows) {
 
 void Recorder::take_losses(std::uint64_t position, std::vector<LossNote>* notes) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto split = std::stable_partition(losses_.begin(), losses_.end(),
-                                           [position](const LossNote& note) { return note.position <= position; });
+  const auto split =
+      std::stable_partition(losses_.begin(), losses_.end(),
+                            [position](const LossNote& note) { return note.position <= position; });
   notes->assign(losses_.begin(), split);
   losses_.erase(losses_.begin(), split);
 }
@@ -315,14 +338,15 @@ void Recorder::fail(const StoreError& error) {
 void Recorder::raise_failure() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!failure_) return;
-  throw StoreError(failure_->code(), std::string("the trace cannot be written any more: ") + failure_->what(),
+  throw StoreError(failure_->code(),
+                   std::string("the trace cannot be written any more: ") + failure_->what(),
                    failure_->hint());
 }
 
 std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
   const ThreadCall* call = last_call();
-  if (is_inert() || call == nullptr || call->state == ThreadCall::State::kNone || call->fate != ThreadCall::Fate::kStored ||
-      capture >= call->captures.size()) {
+  if (is_inert() || call == nullptr || call->state == ThreadCall::State::kNone ||
+      call->fate != ThreadCall::Fate::kStored || capture >= call->captures.size()) {
     throw Error(ErrorKind::kNotFound, "nothing was captured in this thread's last call");
   }
   const CaptureInfo& info = call->captures[capture];
@@ -336,15 +360,18 @@ std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
   const auto first = call->pieces.begin() + info.first_piece;
   std::vector<CapturePiece> pieces(first, first + info.pieces);
   runtime->run_on_writer(
-      [result, pieces = std::move(pieces), id = id_, number = call->number, epoch = call->epoch, capture](Writer& writer) {
+      [result, pieces = std::move(pieces), id = id_, number = call->number, epoch = call->epoch,
+       capture](Writer& writer) {
         std::size_t offset = 0;
         for (std::size_t piece = 0; piece < pieces.size() && result->found; ++piece) {
-          result->found = writer.read_piece(id, epoch, number, capture, piece, pieces[piece], result->bytes.data() + offset);
+          result->found = writer.read_piece(id, epoch, number, capture, piece, pieces[piece],
+                                            result->bytes.data() + offset);
           offset += pieces[piece].bytes;
         }
       },
       options_.stall_timeout, "reading back a capture", hooks);
-  if (!result->found) throw Error(ErrorKind::kNotFound, "the last call's rows are gone: they were dropped or lost");
+  if (!result->found)
+    throw Error(ErrorKind::kNotFound, "the last call's rows are gone: they were dropped or lost");
   return std::move(result->bytes);
 }
 
@@ -360,12 +387,13 @@ void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks&
     if (settled >= target || is_failed()) break;
     const auto now = Clock::now();
     if (settled != settled_before) last_progress = now, settled_before = settled;
-    const bool late =
-        timeout ? now - begin >= *timeout : now - last_progress >= options_.stall_timeout + kVerdictGrace;
+    const bool late = timeout ? now - begin >= *timeout
+                              : now - last_progress >= options_.stall_timeout + kVerdictGrace;
     if (late) {
       const Counters counters = ledger_.snapshot();
       throw Error(ErrorKind::kTraceStall,
-                  "flush: " + std::to_string(counters.rows_in_flight) + " rows are not committed after " +
+                  "flush: " + std::to_string(counters.rows_in_flight) +
+                      " rows are not committed after " +
                       std::to_string(std::chrono::duration<double>(now - begin).count()) + " s",
                   "look whether the disk is full or stalled, or give flush() more time");
     }
@@ -383,7 +411,9 @@ void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks&
 bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
   if (is_inert() || closed_.exchange(true, std::memory_order_seq_cst)) return true;
   const auto deadline = Clock::now() + timeout;
-  const auto left = [deadline] { return std::max<std::chrono::nanoseconds>(deadline - Clock::now(), kLeastWait); };
+  const auto left = [deadline] {
+    return std::max<std::chrono::nanoseconds>(deadline - Clock::now(), kLeastWait);
+  };
   try {
     wait_for_ending_calls(deadline, hooks);
     try {
@@ -391,7 +421,8 @@ bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
     } catch (const StoreError&) {
       // Failed before: counted, and raised to whoever asks. What is left is to let go.
     }
-    runtime()->run_on_writer([id = id_](Writer& writer) { writer.detach(id); }, left(), "close", hooks);
+    runtime()->run_on_writer([id = id_](Writer& writer) { writer.detach(id); }, left(), "close",
+                             hooks);
   } catch (const Error& error) {
     if (error.kind() != ErrorKind::kTraceStall) {
       let_go();
@@ -401,14 +432,16 @@ bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
     static_cast<void>(new std::shared_ptr<Recorder>(shared_from_this()));
     return false;
   } catch (...) {
-    closed_.store(false, std::memory_order_release);  // a signal ended the wait: the next close() does it all
+    closed_.store(
+        false, std::memory_order_release);  // a signal ended the wait: the next close() does it all
     throw;
   }
   let_go();
   return true;
 }
 
-// Other threads that were past their look at closed_ still hand their call over; it must come before the last flush.
+// Other threads that were past their look at closed_ still hand their call over; it must come
+// before the last flush.
 void Recorder::wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks) {
   const auto runtime = this->runtime();
   while (ending_.load(std::memory_order_seq_cst) != 0 && Clock::now() < deadline) {

@@ -18,7 +18,8 @@ namespace {
 
 constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
 
-// Touching every page now keeps page faults out of the hook. Kernels before 5.14 lack MADV_POPULATE_WRITE.
+// Touching every page now keeps page faults out of the hook. Kernels before 5.14 lack
+// MADV_POPULATE_WRITE.
 void prefault(std::byte* data, std::size_t bytes) {
   if (madvise(data, bytes, MADV_POPULATE_WRITE) == 0) return;
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
@@ -30,11 +31,14 @@ void prefault(std::byte* data, std::size_t bytes) {
 }  // namespace
 
 Arena::Arena(std::size_t bytes)
-    : bytes_(bytes < 8 * kHugePageBytes ? bytes : (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes) {
+    : bytes_(bytes < 8 * kHugePageBytes
+                 ? bytes
+                 : (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes) {
   void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
     throw Error(ErrorKind::kStorage,
-                "cannot map ring_bytes=" + std::to_string(bytes_) + " bytes of memory: " + std::strerror(errno),
+                "cannot map ring_bytes=" + std::to_string(bytes_) +
+                    " bytes of memory: " + std::strerror(errno),
                 "lower TracerConfig.ring_bytes or raise the process's memory limit");
   }
   data_ = static_cast<std::byte*>(memory);

@@ -1,4 +1,5 @@
-// The ring's memory: anonymous, prefaulted, not inherited by forked children. It knows nothing of slots.
+// The ring's memory: anonymous, prefaulted, not inherited by forked children. It knows nothing of
+// slots.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +8,8 @@ namespace mld {
 
 class Arena {
  public:
-  // Maps and prefaults `bytes`, rounded up to huge pages when that is little. Throws Error when memory is refused.
+  // Maps and prefaults `bytes`, rounded up to huge pages when that is little. Throws Error when
+  // memory is refused.
   explicit Arena(std::size_t bytes);
   ~Arena();
   Arena(const Arena&) = delete;

@@ -1,8 +1,9 @@
-// Bounded, lock-free ring of variable-sized slots: many producers, one consumer. This header is the whole protocol.
+// Bounded, lock-free ring of variable-sized slots: many producers, one consumer. This header is the
+// whole protocol.
 //
-// It is not a queue of objects: it hands out memory. A producer reserves a slot, fills it and publishes or abandons it;
-// the consumer reads slots in order of reservation and gives memory back in order too, when *it* decides (after a
-// commit), not when it has read.
+// It is not a queue of objects: it hands out memory. A producer reserves a slot, fills it and
+// publishes or abandons it; the consumer reads slots in order of reservation and gives memory back
+// in order too, when *it* decides (after a commit), not when it has read.
 //
 //   positions (in granules, only grow)
 //        tail_            read_position          head_
@@ -11,25 +12,31 @@
 //    free  | read, kept for    | reserved; some    | free (up to tail_ + capacity)
 //          | replay            | published         |
 //
-// Thread safety: `try_reserve`, `publish`, `abandon` from any thread; `read`, `release` from one consumer thread;
-// `head`, `tail` from anywhere.
+// Thread safety: `try_reserve`, `publish`, `abandon` from any thread; `read`, `release` from one
+// consumer thread; `head`, `tail` from anywhere.
 //
-//   | atomic   | written by          | read by   | store   | load    | publishes                                      |
-//   | head_    | producers (CAS)     | anyone    | relaxed | relaxed | nothing: ownership of a range, not its bytes   |
-//   | tail_    | consumer            | producers | release | acquire | that memory behind it was read, marks are zero |
-//   | marks_[] | producer, then      | consumer  | release | acquire | the bytes of the slot that starts here         |
-//   |          | consumer (to zero)  |           | relaxed |         | (zeroed before tail_ passes)                   |
+//   | atomic   | written by          | read by   | store   | load    | publishes | | head_    |
+//   producers (CAS)     | anyone    | relaxed | relaxed | nothing: ownership of a range, not its
+//   bytes   | | tail_    | consumer            | producers | release | acquire | that memory behind
+//   it was read, marks are zero | | marks_[] | producer, then      | consumer  | release | acquire
+//   | the bytes of the slot that starts here         | |          | consumer (to zero)  | | relaxed
+//   |         | (zeroed before tail_ passes)                   |
 //
-// INVARIANT 1: every mark in the free region is zero. The consumer zeroes a mark when it reads the slot, and only then
-//              may tail_ pass it; so a nonzero mark at the read position always belongs to this lap.
-// INVARIANT 2: a slot is contiguous. One that would straddle the end of the arena is preceded by a padding slot, which
+// INVARIANT 1: every mark in the free region is zero. The consumer zeroes a mark when it reads the
+// slot, and only then
+//              may tail_ pass it; so a nonzero mark at the read position always belongs to this
+//              lap.
+// INVARIANT 2: a slot is contiguous. One that would straddle the end of the arena is preceded by a
+// padding slot, which
 //              the same producer reserves in the same step, so no other slot can come between.
 // INVARIANT 3: head_ - tail_ <= capacity, in the arithmetic of Index.
-// INVARIANT 4: every reserved slot is published or abandoned in bounded time (`Reservation` does so in its destructor),
+// INVARIANT 4: every reserved slot is published or abandoned in bounded time (`Reservation` does so
+// in its destructor),
 //              so the consumer never waits for ever behind it.
 //
-// Ideas: positions that only grow and a templated index from Quill's BoundedSPSCQueue; per-slot state that the consumer
-// resets from Vyukov's bounded MPMC queue. Differs from both: slots vary in size, and reading is apart from releasing.
+// Ideas: positions that only grow and a templated index from Quill's BoundedSPSCQueue; per-slot
+// state that the consumer resets from Vyukov's bounded MPMC queue. Differs from both: slots vary in
+// size, and reading is apart from releasing.
 #pragma once
 
 #include <atomic>
@@ -50,14 +57,15 @@ class MpscByteRing {
 
   struct Slot {
     std::byte* data = nullptr;
-    Index position = 0;       // of its first granule
-    Index granules = 0;       // of the slot alone
-    bool abandoned = false;   // set by read() only
+    Index position = 0;      // of its first granule
+    Index granules = 0;      // of the slot alone
+    bool abandoned = false;  // set by read() only
     [[nodiscard]] Index end() const noexcept { return static_cast<Index>(position + granules); }
   };
 
   // `arena` holds capacity_granules * kGranuleBytes bytes and outlives the ring.
-  // REQUIRES: capacity_granules < 2^30, and at most half the range of Index; a power of two if Index may wrap.
+  // REQUIRES: capacity_granules < 2^30, and at most half the range of Index; a power of two if
+  // Index may wrap.
   MpscByteRing(std::byte* arena, std::size_t capacity_granules)
       : arena_(arena),
         capacity_(static_cast<Index>(capacity_granules)),
@@ -70,9 +78,14 @@ class MpscByteRing {
     return (bytes + kGranuleBytes - 1) / kGranuleBytes;
   }
 
-  // A slot of at most this size always fits an empty ring, wherever its head stands (INVARIANT 2 may cost as much again).
-  [[nodiscard]] std::size_t max_slot_bytes() const noexcept { return std::size_t{capacity_} / 2 * kGranuleBytes; }
-  [[nodiscard]] std::size_t capacity_bytes() const noexcept { return std::size_t{capacity_} * kGranuleBytes; }
+  // A slot of at most this size always fits an empty ring, wherever its head stands (INVARIANT 2
+  // may cost as much again).
+  [[nodiscard]] std::size_t max_slot_bytes() const noexcept {
+    return std::size_t{capacity_} / 2 * kGranuleBytes;
+  }
+  [[nodiscard]] std::size_t capacity_bytes() const noexcept {
+    return std::size_t{capacity_} * kGranuleBytes;
+  }
 
   // Takes memory for `bytes`; false when the ring is full. REQUIRES: 0 < bytes <= max_slot_bytes().
   [[nodiscard]] bool try_reserve(std::size_t bytes, Slot* slot) noexcept {
@@ -83,9 +96,11 @@ class MpscByteRing {
       const auto room = static_cast<Index>(capacity_ - offset);
       const auto padding = need > room ? room : Index{0};
       const auto new_head = static_cast<Index>(head + padding + need);
-      // acquire PAIRS WITH release(): what the consumer read and zeroed there happened before we write.
+      // acquire PAIRS WITH release(): what the consumer read and zeroed there happened before we
+      // write.
       const Index tail = tail_.load(std::memory_order_acquire);
-      // A head older than the tail just read makes this huge; the CAS below would fail too, so reload instead.
+      // A head older than the tail just read makes this huge; the CAS below would fail too, so
+      // reload instead.
       if (static_cast<Index>(new_head - tail) > capacity_) {
         const Index fresh = head_.load(std::memory_order_relaxed);
         if (fresh == head) return false;
@@ -93,10 +108,13 @@ class MpscByteRing {
         continue;
       }
       // relaxed: owning a range publishes nothing; its bytes travel by the mark.
-      if (!head_.compare_exchange_weak(head, new_head, std::memory_order_relaxed, std::memory_order_relaxed)) continue;
+      if (!head_.compare_exchange_weak(head, new_head, std::memory_order_relaxed,
+                                       std::memory_order_relaxed))
+        continue;
       if (padding != 0) mark(head, padding, kPadding);
       const auto position = static_cast<Index>(head + padding);
-      *slot = Slot{arena_ + std::size_t{static_cast<Index>(position % capacity_)} * kGranuleBytes, position, need, false};
+      *slot = Slot{arena_ + std::size_t{static_cast<Index>(position % capacity_)} * kGranuleBytes,
+                   position, need, false};
       return true;
     }
   }
@@ -118,8 +136,8 @@ class MpscByteRing {
       const Index position = read_position_;
       read_position_ = static_cast<Index>(position + granules);
       if ((value & kStateMask) == kPadding) continue;
-      *slot = Slot{arena_ + std::size_t{static_cast<Index>(position % capacity_)} * kGranuleBytes, position, granules,
-                   (value & kStateMask) == kAbandoned};
+      *slot = Slot{arena_ + std::size_t{static_cast<Index>(position % capacity_)} * kGranuleBytes,
+                   position, granules, (value & kStateMask) == kAbandoned};
       return true;
     }
   }
@@ -128,15 +146,16 @@ class MpscByteRing {
   [[nodiscard]] const std::byte* at(Index position) const noexcept {
     return arena_ + std::size_t{static_cast<Index>(position % capacity_)} * kGranuleBytes;
   }
-  // Consumer: gives all memory before `position` back. REQUIRES: tail() <= position <= read_position().
+  // Consumer: gives all memory before `position` back. REQUIRES: tail() <= position <=
+  // read_position().
   void release(Index position) noexcept { tail_.store(position, std::memory_order_release); }
 
   [[nodiscard]] Index read_position() const noexcept { return read_position_; }  // consumer only
   // relaxed: both are counts for decisions that tolerate lag; try_reserve does its own ordering.
   [[nodiscard]] Index head() const noexcept { return head_.load(std::memory_order_relaxed); }
   [[nodiscard]] Index tail() const noexcept { return tail_.load(std::memory_order_relaxed); }
-  // For statistics. acquire PAIRS WITH release(): the head loaded after it is not behind that tail. Both may move between
-  // the two loads, so the difference is cut to what the ring can hold.
+  // For statistics. acquire PAIRS WITH release(): the head loaded after it is not behind that tail.
+  // Both may move between the two loads, so the difference is cut to what the ring can hold.
   [[nodiscard]] std::size_t used_bytes() const noexcept {
     const Index tail = tail_.load(std::memory_order_acquire);
     const auto used = static_cast<Index>(head_.load(std::memory_order_relaxed) - tail);
@@ -170,7 +189,8 @@ class MpscByteRing {
   static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
 };
 
-// A reserved slot that abandons itself unless it is published: INVARIANT 4 for code that may leave early.
+// A reserved slot that abandons itself unless it is published: INVARIANT 4 for code that may leave
+// early.
 template <class Index>
 class Reservation {
  public:

@@ -15,7 +15,8 @@ namespace {
 
 constexpr std::uint32_t kPolynomial = 0x82F63B78;
 
-// Slicing by 8 (Kounavis and Berry, "Novel Table Lookup-Based Algorithms for High-Performance CRC Generation", 2008).
+// Slicing by 8 (Kounavis and Berry, "Novel Table Lookup-Based Algorithms for High-Performance CRC
+// Generation", 2008).
 constexpr auto kTables = [] {
   std::array<std::array<std::uint32_t, 256>, 8> tables{};
   for (std::uint32_t byte = 0; byte < 256; ++byte) {
@@ -37,7 +38,8 @@ std::uint32_t step_byte(std::uint32_t crc, unsigned char byte) noexcept {
 }
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2"))) std::uint32_t crc32c_hardware(const unsigned char* data, std::size_t bytes,
+__attribute__((target("sse4.2"))) std::uint32_t crc32c_hardware(const unsigned char* data,
+                                                                std::size_t bytes,
                                                                 std::uint32_t crc) noexcept {
   std::uint64_t state = ~crc;
   for (; bytes >= 8; bytes -= 8, data += 8) {
@@ -54,7 +56,8 @@ bool has_hardware() noexcept {
   return __builtin_cpu_supports("sse4.2") != 0;
 }
 #elif defined(__aarch64__)
-__attribute__((target("+crc"))) std::uint32_t crc32c_hardware(const unsigned char* data, std::size_t bytes,
+__attribute__((target("+crc"))) std::uint32_t crc32c_hardware(const unsigned char* data,
+                                                              std::size_t bytes,
                                                               std::uint32_t crc) noexcept {
   std::uint32_t state = ~crc;
   for (; bytes >= 8; bytes -= 8, data += 8) {
@@ -67,13 +70,15 @@ __attribute__((target("+crc"))) std::uint32_t crc32c_hardware(const unsigned cha
 }
 bool has_hardware() noexcept { return (getauxval(AT_HWCAP) & (1UL << 7)) != 0; }  // HWCAP_CRC32
 #else
-std::uint32_t crc32c_hardware(const unsigned char* data, std::size_t bytes, std::uint32_t crc) noexcept {
+std::uint32_t crc32c_hardware(const unsigned char* data, std::size_t bytes,
+                              std::uint32_t crc) noexcept {
   return crc32c_portable(data, bytes, crc);
 }
 bool has_hardware() noexcept { return false; }
 #endif
 
-// Found out when the library is loaded: a function-local static could be caught half-made by a fork.
+// Found out when the library is loaded: a function-local static could be caught half-made by a
+// fork.
 const bool g_has_hardware = has_hardware();
 
 }  // namespace
@@ -84,8 +89,9 @@ std::uint32_t crc32c_portable(const void* data, std::size_t bytes, std::uint32_t
   for (; bytes >= 8; bytes -= 8, at += 8) {
     state ^= static_cast<std::uint32_t>(at[0]) | static_cast<std::uint32_t>(at[1]) << 8 |
              static_cast<std::uint32_t>(at[2]) << 16 | static_cast<std::uint32_t>(at[3]) << 24;
-    state = kTables[7][state & 0xFF] ^ kTables[6][(state >> 8) & 0xFF] ^ kTables[5][(state >> 16) & 0xFF] ^
-            kTables[4][state >> 24] ^ kTables[3][at[4]] ^ kTables[2][at[5]] ^ kTables[1][at[6]] ^ kTables[0][at[7]];
+    state = kTables[7][state & 0xFF] ^ kTables[6][(state >> 8) & 0xFF] ^
+            kTables[5][(state >> 16) & 0xFF] ^ kTables[4][state >> 24] ^ kTables[3][at[4]] ^
+            kTables[2][at[5]] ^ kTables[1][at[6]] ^ kTables[0][at[7]];
   }
   for (; bytes > 0; --bytes, ++at) state = step_byte(state, *at);
   return ~state;
@@ -93,7 +99,7 @@ std::uint32_t crc32c_portable(const void* data, std::size_t bytes, std::uint32_t
 
 std::uint32_t crc32c(const void* data, std::size_t bytes, std::uint32_t crc) noexcept {
   return g_has_hardware ? crc32c_hardware(static_cast<const unsigned char*>(data), bytes, crc)
-                  : crc32c_portable(data, bytes, crc);
+                        : crc32c_portable(data, bytes, crc);
 }
 
 }  // namespace mld

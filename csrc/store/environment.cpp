@@ -41,7 +41,8 @@ class HandleGuard {
   MDB_env* handle_;
 };
 
-int open_with_map(MDB_env** out, const std::string& directory, unsigned flags, std::size_t map_bytes) {
+int open_with_map(MDB_env** out, const std::string& directory, unsigned flags,
+                  std::size_t map_bytes) {
   MDB_env* handle = nullptr;
   if (const int code = mdb_env_create(&handle); code != MDB_SUCCESS) return code;
   HandleGuard guard(handle);
@@ -60,8 +61,8 @@ void check_lmdb(int code, const char* what) {
   throw StoreError(code, std::string("LMDB: ") + what + ": " + mdb_strerror(code));
 }
 
-std::shared_ptr<Environment> Environment::open(const std::string& directory, Access access, Sync sync,
-                                               std::size_t map_bytes) {
+std::shared_ptr<Environment> Environment::open(const std::string& directory, Access access,
+                                               Sync sync, std::size_t map_bytes) {
   const std::string data_path = directory + "/" + kDataFile;
   Process& registry = process();
   for (;;) {
@@ -77,7 +78,8 @@ std::shared_ptr<Environment> Environment::open(const std::string& directory, Acc
       }
     }
     std::shared_ptr<Environment> environment(new Environment);
-    // Unregistered until it is whole: its destructor takes the mutex that we hold, so a failure must not reach it.
+    // Unregistered until it is whole: its destructor takes the mutex that we hold, so a failure
+    // must not reach it.
     try {
       environment->open_handle(directory, access, sync, map_bytes);
       environment->id_ = file_id(data_path);
@@ -90,12 +92,15 @@ std::shared_ptr<Environment> Environment::open(const std::string& directory, Acc
   }
 }
 
-void Environment::open_handle(const std::string& directory, Access access, Sync sync, std::size_t map_bytes) {
+void Environment::open_handle(const std::string& directory, Access access, Sync sync,
+                              std::size_t map_bytes) {
   const unsigned flags = flags_of(access, sync);
-  // LMDB would make a sparse lock.mdb and write to it through a map: on a full disk that is a SIGBUS, not an error.
+  // LMDB would make a sparse lock.mdb and write to it through a map: on a full disk that is a
+  // SIGBUS, not an error.
   if (access == Access::kCreate) allocate_file(directory + "/lock.mdb", kLockFileBytes);
-  // A writer's map is wide, since set_mapsize must not be called later; under a limit on address space take what there
-  // is. What never grows again is mapped as long as it is; 0 takes the writer's width.
+  // A writer's map is wide, since set_mapsize must not be called later; under a limit on address
+  // space take what there is. What never grows again is mapped as long as it is; 0 takes the
+  // writer's width.
   std::size_t wish = is_writable(access) ? map_bytes : 0;
   if (access == Access::kReadSealed) wish = file_bytes(directory + "/" + kDataFile);
   int code = open_with_map(&handle_, directory, flags, wish);
@@ -127,18 +132,23 @@ void Environment::open_databases(const std::string& directory, bool create) {
 }
 
 Environment::~Environment() {
-  if (handle_ == nullptr || generation_ != process_generation()) return;  // never opened, or inherited: inert
+  if (handle_ == nullptr || generation_ != process_generation())
+    return;  // never opened, or inherited: inert
   Process& registry = process();
   const std::lock_guard<std::mutex> lock(registry.environments_mutex);
   mdb_env_close(handle_);
   const auto found = registry.environments.find(id_);
-  if (found != registry.environments.end() && found->second.expired()) registry.environments.erase(found);
+  if (found != registry.environments.end() && found->second.expired())
+    registry.environments.erase(found);
 }
 
 Transaction::Transaction(const Environment& environment, bool read_only) {
-  check_lmdb(mdb_txn_begin(environment.get(), nullptr, read_only ? MDB_RDONLY : 0, &handle_), "cannot begin a transaction");
+  check_lmdb(mdb_txn_begin(environment.get(), nullptr, read_only ? MDB_RDONLY : 0, &handle_),
+             "cannot begin a transaction");
 }
 
-void Transaction::commit() { check_lmdb(mdb_txn_commit(std::exchange(handle_, nullptr)), "cannot commit"); }
+void Transaction::commit() {
+  check_lmdb(mdb_txn_commit(std::exchange(handle_, nullptr)), "cannot commit");
+}
 
 }  // namespace mld

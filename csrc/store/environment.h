@@ -1,11 +1,11 @@
 // RAII over one LMDB environment, and the rule that a process never has the same one open twice.
 //
-// LMDB return codes become StoreError here and in segment.cpp only. An environment is identified by device and inode of
-// its data.mdb, so a symlink or a bind mount cannot smuggle in a second handle. After a fork the inherited handles are
-// inert: never used, never closed.
+// LMDB return codes become StoreError here and in segment.cpp only. An environment is identified by
+// device and inode of its data.mdb, so a symlink or a bind mount cannot smuggle in a second handle.
+// After a fork the inherited handles are inert: never used, never closed.
 //
-// Thread safety: `open` from any thread. The handle itself: one write transaction at a time, on one thread; read
-// transactions anywhere (MDB_NOTLS).
+// Thread safety: `open` from any thread. The handle itself: one write transaction at a time, on one
+// thread; read transactions anywhere (MDB_NOTLS).
 #pragma once
 
 #include <lmdb.h>
@@ -33,9 +33,10 @@ enum class Sync {
 
 class Environment {
  public:
-  // The process's handle of the environment in `directory`; an open one is shared. Throws StoreError; ENOENT if it is
-  // gone, MDB_INVALID or MDB_VERSION_MISMATCH if it is something else.
-  static std::shared_ptr<Environment> open(const std::string& directory, Access access, Sync sync, std::size_t map_bytes);
+  // The process's handle of the environment in `directory`; an open one is shared. Throws
+  // StoreError; ENOENT if it is gone, MDB_INVALID or MDB_VERSION_MISMATCH if it is something else.
+  static std::shared_ptr<Environment> open(const std::string& directory, Access access, Sync sync,
+                                           std::size_t map_bytes);
 
   ~Environment();
   Environment(const Environment&) = delete;

@@ -20,7 +20,8 @@ namespace {
 
 class Descriptor {
  public:
-  Descriptor(const std::string& path, int flags, mode_t mode = 0) : value_(open(path.c_str(), flags | O_CLOEXEC, mode)) {
+  Descriptor(const std::string& path, int flags, mode_t mode = 0)
+      : value_(open(path.c_str(), flags | O_CLOEXEC, mode)) {
     if (value_ < 0) throw_store_error(errno, "cannot open", path);
   }
   ~Descriptor() { close(value_); }
@@ -71,8 +72,9 @@ void make_directories(const std::string& path) {
     const std::string part = path.substr(0, slash);
     if (mkdir(part.c_str(), 0700) != 0 && errno != EEXIST) {
       const int code = errno;
-      // A parent that exists but may not be written to reports EACCES or EROFS before EEXIST on some filesystems.
-      struct stat status {};
+      // A parent that exists but may not be written to reports EACCES or EROFS before EEXIST on
+      // some filesystems.
+      struct stat status{};
       if (stat(part.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) {
         throw_store_error(code, "cannot make directory", part);
       }
@@ -109,13 +111,14 @@ void allocate_file(const std::string& path, std::size_t bytes) {
 }
 
 void rename_path(const std::string& from, const std::string& to) {
-  if (rename(from.c_str(), to.c_str()) != 0) throw_store_error(errno, "cannot rename to " + to + " the path", from);
+  if (rename(from.c_str(), to.c_str()) != 0)
+    throw_store_error(errno, "cannot rename to " + to + " the path", from);
 }
 
 void remove_tree(const std::string& path) {
   for (const std::string& name : list_directory(path)) {
     const std::string child = path + "/" + name;
-    struct stat status {};
+    struct stat status{};
     if (lstat(child.c_str(), &status) != 0) continue;
     if (S_ISDIR(status.st_mode)) {
       remove_tree(child);
@@ -123,7 +126,8 @@ void remove_tree(const std::string& path) {
       throw_store_error(errno, "cannot delete", child);
     }
   }
-  if (rmdir(path.c_str()) != 0 && errno != ENOENT) throw_store_error(errno, "cannot delete directory", path);
+  if (rmdir(path.c_str()) != 0 && errno != ENOENT)
+    throw_store_error(errno, "cannot delete directory", path);
 }
 
 std::vector<std::string> list_directory(const std::string& path) {
@@ -143,33 +147,34 @@ std::vector<std::string> list_directory(const std::string& path) {
 }
 
 bool path_exists(const std::string& path) {
-  struct stat status {};
+  struct stat status{};
   return stat(path.c_str(), &status) == 0;
 }
 
 FileId file_id(const std::string& path) {
-  struct stat status {};
+  struct stat status{};
   if (stat(path.c_str(), &status) != 0) throw_store_error(errno, "cannot look at", path);
   return {status.st_dev, status.st_ino};
 }
 
 std::uint64_t file_bytes(const std::string& path) {
-  struct stat status {};
+  struct stat status{};
   return stat(path.c_str(), &status) == 0 ? static_cast<std::uint64_t>(status.st_size) : 0;
 }
 
 std::uint64_t disk_bytes_of(const std::string& path) {
-  struct stat status {};
+  struct stat status{};
   if (stat(path.c_str(), &status) != 0) return 0;
   return static_cast<std::uint64_t>(status.st_blocks) * 512;
 }
 
 std::uint64_t free_bytes_at(const std::string& path) {
-  struct statvfs status {};
+  struct statvfs status{};
   std::string existing = path;
   while (statvfs(existing.c_str(), &status) != 0) {
     const std::size_t slash = existing.rfind('/');
-    if (errno != ENOENT || slash == std::string::npos || slash == 0) return std::numeric_limits<std::uint64_t>::max();
+    if (errno != ENOENT || slash == std::string::npos || slash == 0)
+      return std::numeric_limits<std::uint64_t>::max();
     existing.resize(slash);
   }
   return static_cast<std::uint64_t>(status.f_bavail) * status.f_frsize;
@@ -182,11 +187,11 @@ std::string network_filesystem_at(const std::string& path) {
   };
   // f_type values of statfs(2) and of the filesystems' own headers.
   static constexpr Known kKnown[] = {
-      {0x6969, "NFS"},       {0xFF534D42, "CIFS"},   {0xFE534D42, "SMB2"}, {0x517B, "SMB"},
-      {0x0BD00BD0, "Lustre"}, {0x00C36400, "Ceph"},  {0x01021997, "9P"},   {0x5346414F, "AFS"},
-      {0x47504653, "GPFS"},  {0x19830326, "BeeGFS"}, {0x013111A8, "IBRIX"}, {0xAAD7AAEA, "PanFS"},
+      {0x6969, "NFS"},        {0xFF534D42, "CIFS"},   {0xFE534D42, "SMB2"},  {0x517B, "SMB"},
+      {0x0BD00BD0, "Lustre"}, {0x00C36400, "Ceph"},   {0x01021997, "9P"},    {0x5346414F, "AFS"},
+      {0x47504653, "GPFS"},   {0x19830326, "BeeGFS"}, {0x013111A8, "IBRIX"}, {0xAAD7AAEA, "PanFS"},
   };
-  struct statfs status {};
+  struct statfs status{};
   if (statfs(path.c_str(), &status) != 0) return {};
   const auto magic = static_cast<std::uint32_t>(status.f_type);
   for (const Known& known : kKnown) {

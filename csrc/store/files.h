@@ -1,4 +1,5 @@
-// Filesystem steps that are safe against a power cut, and what is peculiar about a filesystem. Every failure is a StoreError.
+// Filesystem steps that are safe against a power cut, and what is peculiar about a filesystem.
+// Every failure is a StoreError.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +16,11 @@ void make_directories(const std::string& path);
 // Forces a directory's entries to disk.
 void sync_directory(const std::string& path);
 void sync_file(const std::string& path);
-// Writes `content` to a file (0600) whole or not at all: temp file beside it, fsync, rename; `durable` adds the fsyncs.
+// Writes `content` to a file (0600) whole or not at all: temp file beside it, fsync, rename;
+// `durable` adds the fsyncs.
 void replace_file(const std::string& path, std::string_view content, bool durable);
-// Makes a file (0600) of `bytes` zeros whose blocks are taken: writing to it through a map cannot meet a full disk.
+// Makes a file (0600) of `bytes` zeros whose blocks are taken: writing to it through a map cannot
+// meet a full disk.
 void allocate_file(const std::string& path, std::size_t bytes);
 void rename_path(const std::string& from, const std::string& to);
 // Deletes a directory and all in it; what is gone already is fine.
@@ -28,7 +31,8 @@ bool path_exists(const std::string& path);
 FileId file_id(const std::string& path);
 std::uint64_t file_bytes(const std::string& path);     // length of a file; 0 if it is gone
 std::uint64_t disk_bytes_of(const std::string& path);  // of one file; 0 if it is gone
-std::uint64_t free_bytes_at(const std::string& path);  // of its filesystem, for ordinary users; UINT64_MAX if unknown
+std::uint64_t free_bytes_at(
+    const std::string& path);  // of its filesystem, for ordinary users; UINT64_MAX if unknown
 // The name of a network filesystem that LMDB must not write to, or empty.
 std::string network_filesystem_at(const std::string& path);
 

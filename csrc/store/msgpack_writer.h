@@ -1,5 +1,5 @@
-// Appends msgpack values to a byte string: the few types that our headers use (https://github.com/msgpack/msgpack,
-// spec.md). The core only writes msgpack; Python reads it.
+// Appends msgpack values to a byte string: the few types that our headers use
+// (https://github.com/msgpack/msgpack, spec.md). The core only writes msgpack; Python reads it.
 #pragma once
 
 #include <cstddef>
@@ -63,7 +63,8 @@ class MsgpackWriter {
     big_endian(value, bytes);
   }
   void big_endian(std::uint64_t value, int bytes) {
-    for (int shift = (bytes - 1) * 8; shift >= 0; shift -= 8) byte(static_cast<std::uint8_t>(value >> shift));
+    for (int shift = (bytes - 1) * 8; shift >= 0; shift -= 8)
+      byte(static_cast<std::uint8_t>(value >> shift));
   }
 
   std::string* out_;

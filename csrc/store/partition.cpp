@@ -10,8 +10,8 @@
 namespace mld {
 namespace {
 
-// A value up to this size rides in its call's header when both come in one batch: as a chunk of its own it would take
-// a page for itself, which at small batches doubles the store.
+// A value up to this size rides in its call's header when both come in one batch: as a chunk of its
+// own it would take a page for itself, which at small batches doubles the store.
 constexpr std::uint64_t kInlineBytes = 4096;
 constexpr int kMaxFailuresInARow = 3;
 constexpr auto kRetryPause = std::chrono::milliseconds(100);
@@ -19,13 +19,16 @@ constexpr auto kRetryPause = std::chrono::milliseconds(100);
 constexpr std::uint64_t kFullDiskSlackBytes = std::uint64_t{1} << 20;
 constexpr std::uint64_t kPageBytes = 4096;
 
-bool is_permanent(int code) { return code == EROFS || code == EFBIG || code == EACCES || code == EPERM; }
+bool is_permanent(int code) {
+  return code == EROFS || code == EFBIG || code == EACCES || code == EPERM;
+}
 
 }  // namespace
 
 void Partition::add_gap(const Gap& gap) {
   // Losses come in runs: a run is one gap, so an overrun of hours is one record.
-  if (!gaps_.empty() && gaps_.back().cause == gap.cause && gaps_.back().last_call + 1 == gap.first_call) {
+  if (!gaps_.empty() && gaps_.back().cause == gap.cause &&
+      gaps_.back().last_call + 1 == gap.first_call) {
     gaps_.back().last_call = gap.last_call;
     gaps_.back().rows += gap.rows;
     gaps_.back().bytes += gap.bytes;
@@ -47,7 +50,8 @@ CommitResult Partition::commit(Clock::time_point now) {
       waiting_since_.reset();
       return result;
     } catch (const StoreError& error) {
-      const bool segment_was_full = error.code() == MDB_MAP_FULL && segment_ != nullptr && segment_->totals().calls != 0;
+      const bool segment_was_full =
+          error.code() == MDB_MAP_FULL && segment_ != nullptr && segment_->totals().calls != 0;
       if (segment_was_full) {
         retire_segment();
         continue;
@@ -70,17 +74,21 @@ CommitResult Partition::handle_failure(const StoreError& error, Clock::time_poin
     retire_segment();
     return result;
   }
-  failure_ = is_full(error) ? StoreError(ENOSPC, "the disk of " + options_.directory + " is full: " + error.what(),
-                                         "free disk space, or choose another TracerConfig.data_dir")
-                            : error;
+  failure_ =
+      is_full(error)
+          ? StoreError(ENOSPC, "the disk of " + options_.directory + " is full: " + error.what(),
+                       "free disk space, or choose another TracerConfig.data_dir")
+          : error;
   result.outcome = CommitOutcome::kFailed;
   return result;
 }
 
-// LMDB reports a short write, which is what a full disk gives, as EIO; only the filesystem can tell the two apart.
+// LMDB reports a short write, which is what a full disk gives, as EIO; only the filesystem can tell
+// the two apart.
 bool Partition::is_full(const StoreError& error) const {
   if (error.code() == ENOSPC || error.code() == EDQUOT) return true;
-  return error.code() == EIO && free_bytes_at(options_.directory) < pending_page_bytes() + kFullDiskSlackBytes;
+  return error.code() == EIO &&
+         free_bytes_at(options_.directory) < pending_page_bytes() + kFullDiskSlackBytes;
 }
 
 bool Partition::is_temporary(const StoreError& error) const {
@@ -90,15 +98,18 @@ bool Partition::is_temporary(const StoreError& error) const {
 
 std::uint64_t Partition::pending_page_bytes() const noexcept {
   std::uint64_t pages = 16 + gaps_.size();  // the trees' own
-  for (const PendingRecord& record : pending_) pages += (record.header->payload_bytes + 16) / kPageBytes + 2;
+  for (const PendingRecord& record : pending_)
+    pages += (record.header->payload_bytes + 16) / kPageBytes + 2;
   return pages * kPageBytes;
 }
 
 void Partition::begin_segment() {
   const SegmentIdentity identity{options_.rank, options_.attempt, next_sequence_, options_.epoch};
-  const std::string directory = options_.directory + "/" + segment_name(options_.attempt, next_sequence_);
+  const std::string directory =
+      options_.directory + "/" + segment_name(options_.attempt, next_sequence_);
   // What has piled up behind a full disk may be more than an ordinary segment takes.
-  const std::size_t map_bytes = std::max<std::size_t>(options_.map_bytes, pending_page_bytes() / kPageBytes * 5 / 4 * kPageBytes);
+  const std::size_t map_bytes = std::max<std::size_t>(
+      options_.map_bytes, pending_page_bytes() / kPageBytes * 5 / 4 * kPageBytes);
   try {
     segment_ = std::make_unique<Segment>(directory, identity, options_.sync, map_bytes);
   } catch (...) {
@@ -161,8 +172,8 @@ void Partition::stage_chunk(const PendingRecord& record, Segment::Batch& batch, 
   const std::string_view payload = header.payload();
   const bool may_inline = payload.size() <= kInlineBytes;
   if (!may_inline) batch.append_chunk(record.position, payload);
-  const ChunkRef ref{header.capture, static_cast<std::int32_t>(segment_->sequence()), record.position, payload.size(),
-                     crc32c(payload.data(), payload.size())};
+  const ChunkRef ref{header.capture, static_cast<std::int32_t>(segment_->sequence()),
+                     record.position, payload.size(), crc32c(payload.data(), payload.size())};
   staging.calls[header.call].push_back({ref, may_inline ? &record : nullptr});
   staging.result.written_bytes += payload.size();
 }
@@ -176,7 +187,8 @@ void Partition::write_call(const RecordHeader& record, Segment::Batch& batch, St
     return;
   }
   std::vector<ChunkRef> chunks;
-  if (const auto open = open_calls_.find(record.call); open != open_calls_.end()) chunks = open->second;
+  if (const auto open = open_calls_.find(record.call); open != open_calls_.end())
+    chunks = open->second;
   staging.inline_scratch.clear();
   for (StagedChunk& staged : staging.calls[record.call]) {
     if (staged.inlined != nullptr) {
@@ -187,8 +199,9 @@ void Partition::write_call(const RecordHeader& record, Segment::Batch& batch, St
     chunks.push_back(staged.ref);
   }
   staging.calls.erase(record.call);
-  const CallIdentity identity{options_.rank, options_.attempt,         record.call,     record.epoch,
-                              record.rows,   record.ground_truth_rows, record.first_row};
+  const CallIdentity identity{options_.rank,   options_.attempt, record.call,
+                              record.epoch,    record.rows,      record.ground_truth_rows,
+                              record.first_row};
   encode_call(identity, chunks, record.payload(), staging.inline_scratch, &staging.header_scratch);
   batch.put_header(record.call, staging.header_scratch);
   SegmentTotals& totals = batch.totals();
@@ -200,7 +213,8 @@ void Partition::write_call(const RecordHeader& record, Segment::Batch& batch, St
   staging.result.committed.bytes += tally.bytes;
 }
 
-// Small chunks whose call goes on: they become ordinary chunks, so that their ring slots can be released.
+// Small chunks whose call goes on: they become ordinary chunks, so that their ring slots can be
+// released.
 void Partition::write_leftovers(Segment::Batch& batch, Staging& staging) {
   for (auto& [call, chunks] : staging.calls) {
     for (StagedChunk& staged : chunks) {
@@ -281,7 +295,8 @@ Segment* Partition::find_segment(std::int32_t sequence) noexcept {
   return found == retired_.end() ? nullptr : found->get();
 }
 
-bool Partition::read_piece(std::uint64_t call, std::uint32_t capture, std::size_t piece, void* out, std::size_t bytes) {
+bool Partition::read_piece(std::uint64_t call, std::uint32_t capture, std::size_t piece, void* out,
+                           std::size_t bytes) {
   std::string stored;
   std::string_view inline_bytes;
   std::vector<ChunkRef> chunks;
@@ -289,7 +304,8 @@ bool Partition::read_piece(std::uint64_t call, std::uint32_t capture, std::size_
     chunks = open->second;
   } else {
     if (segment_ != nullptr) stored = segment_->read_header(call);
-    for (auto it = retired_.rbegin(); stored.empty() && it != retired_.rend(); ++it) stored = (*it)->read_header(call);
+    for (auto it = retired_.rbegin(); stored.empty() && it != retired_.rend(); ++it)
+      stored = (*it)->read_header(call);
     if (!header_is_sound(stored)) return false;
     DecodedHeader header = decode_header(stored);
     inline_bytes = header.inline_bytes;

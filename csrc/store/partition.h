@@ -1,11 +1,14 @@
 // The write side of one partition of one attempt: pending records in, committed segments out.
 //
-// Used by the writer thread only. A partition is a row of segments; full, failed or spoiled, the step is always the same:
-// a successor segment.
+// Used by the writer thread only. A partition is a row of segments; full, failed or spoiled, the
+// step is always the same: a successor segment.
 //
-// INVARIANT 1: a pending record leaves `pending_` only after the commit that holds it returned, or when it is given up
-//              and counted. Its ring slot is alive as long as it is pending, so a failed commit is written again from it.
-// INVARIANT 2: what open_calls_ remembers of a call is committed; what a running batch adds is staged apart and merged
+// INVARIANT 1: a pending record leaves `pending_` only after the commit that holds it returned, or
+// when it is given up
+//              and counted. Its ring slot is alive as long as it is pending, so a failed commit is
+//              written again from it.
+// INVARIANT 2: what open_calls_ remembers of a call is committed; what a running batch adds is
+// staged apart and merged
 //              after its commit, so a failed batch leaves nothing behind.
 #pragma once
 
@@ -83,11 +86,11 @@ class Partition {
 
   // Forgets what is pending and returns what was in it.
   Tally discard_pending();
-  // Forgets every segment (their directory is being deleted) and what is pending. A call that is open now has lost
-  // chunks; when its header comes it is counted as dropped.
+  // Forgets every segment (their directory is being deleted) and what is pending. A call that is
+  // open now has lost chunks; when its header comes it is counted as dropped.
   Tally drop();
-  // Forces to disk what durability="process" has left in the page cache; after a failure the next commit goes to a
-  // successor, since the kernel may have marked the lost pages clean.
+  // Forces to disk what durability="process" has left in the page cache; after a failure the next
+  // commit goes to a successor, since the kernel may have marked the lost pages clean.
   void sync() noexcept;
   // Seals every segment; the next record begins a new one. Throws StoreError.
   void seal();
@@ -97,7 +100,8 @@ class Partition {
   [[nodiscard]] bool is_dirty() const noexcept { return is_dirty_; }
 
   // Copies one committed piece of a capture to `out`; false if it is not here.
-  bool read_piece(std::uint64_t call, std::uint32_t capture, std::size_t piece, void* out, std::size_t bytes);
+  bool read_piece(std::uint64_t call, std::uint32_t capture, std::size_t piece, void* out,
+                  std::size_t bytes);
 
  private:
   struct StagedChunk {
@@ -129,13 +133,14 @@ class Partition {
   std::vector<PendingRecord> pending_;
   std::vector<Gap> gaps_;
   std::unordered_map<std::uint64_t, std::vector<ChunkRef>> open_calls_;
-  std::unordered_set<std::uint64_t> doomed_calls_;  // open when the partition was dropped
+  std::unordered_set<std::uint64_t> doomed_calls_;     // open when the partition was dropped
   std::unordered_set<std::uint64_t> forgotten_calls_;  // not to be written; emptied with pending_
-  std::unique_ptr<Segment> segment_;                // the one written to; null before the first batch
-  std::vector<std::unique_ptr<Segment>> retired_;   // earlier ones of this attempt, sealed if that went well
+  std::unique_ptr<Segment> segment_;  // the one written to; null before the first batch
+  std::vector<std::unique_ptr<Segment>>
+      retired_;  // earlier ones of this attempt, sealed if that went well
   std::uint32_t next_sequence_ = 0;
   std::uint64_t segment_disk_bytes_ = 0;  // of segment_, after its last commit
-  bool is_dirty_ = false;  // commits that are not forced to disk yet
+  bool is_dirty_ = false;                 // commits that are not forced to disk yet
   // trouble
   int failures_ = 0;  // in a row
   std::optional<Clock::time_point> waiting_since_;

@@ -7,7 +7,9 @@
 namespace mld {
 namespace {
 
-void seal_value(MsgpackWriter& writer, std::string* out) { writer.uint32(crc32c(out->data(), out->size())); }
+void seal_value(MsgpackWriter& writer, std::string* out) {
+  writer.uint32(crc32c(out->data(), out->size()));
+}
 
 std::uint32_t stored_checksum(std::string_view value) noexcept {
   const auto* tail = reinterpret_cast<const unsigned char*>(value.data() + value.size() - 4);
@@ -39,7 +41,8 @@ class HeaderReader {
   std::size_t array() { return sized(0x90, 0xDD); }
   std::size_t map() { return sized(0x80, 0xDF); }
   void key(std::string_view expected) {
-    if (byte() != (0xA0U | expected.size()) || bytes_.substr(0, expected.size()) != expected) damaged();
+    if (byte() != (0xA0U | expected.size()) || bytes_.substr(0, expected.size()) != expected)
+      damaged();
     bytes_.remove_prefix(expected.size());
   }
   template <class Integer>
@@ -49,7 +52,8 @@ class HeaderReader {
   }
 
   [[noreturn]] static void damaged() {
-    throw Error(ErrorKind::kCorruptData, "a stored header is not what the writer writes", "restore the segment from a copy, or drop its epoch");
+    throw Error(ErrorKind::kCorruptData, "a stored header is not what the writer writes",
+                "restore the segment from a copy, or drop its epoch");
   }
 
  private:
@@ -79,8 +83,8 @@ class HeaderReader {
 
 }  // namespace
 
-void encode_call(const CallIdentity& identity, const std::vector<ChunkRef>& chunks, std::string_view description,
-                 std::string_view inline_bytes, std::string* out) {
+void encode_call(const CallIdentity& identity, const std::vector<ChunkRef>& chunks,
+                 std::string_view description, std::string_view inline_bytes, std::string* out) {
   out->clear();
   MsgpackWriter writer(out);
   writer.array(5);
@@ -89,7 +93,8 @@ void encode_call(const CallIdentity& identity, const std::vector<ChunkRef>& chun
   writer.string("rank"), writer.unsigned_integer(identity.rank);
   writer.string("attempt"), writer.unsigned_integer(identity.attempt);
   writer.string("call"), writer.unsigned_integer(identity.call);
-  writer.string("epoch"), identity.epoch == kNoEpoch ? writer.nil() : writer.integer(identity.epoch);
+  writer.string("epoch"),
+      identity.epoch == kNoEpoch ? writer.nil() : writer.integer(identity.epoch);
   writer.string("rows"), writer.unsigned_integer(identity.rows);
   writer.string("ground_truth_rows"), writer.unsigned_integer(identity.ground_truth_rows);
   writer.string("first_row"), writer.integer(identity.first_row);
@@ -126,13 +131,15 @@ void encode_gap(const Gap& gap, std::string* out) {
 bool header_is_sound(std::string_view value) noexcept {
   if (value.size() <= kChecksumBytes) return false;
   const std::size_t body = value.size() - kChecksumBytes;
-  return static_cast<unsigned char>(value[body]) == 0xCE && stored_checksum(value) == crc32c(value.data(), body);
+  return static_cast<unsigned char>(value[body]) == 0xCE &&
+         stored_checksum(value) == crc32c(value.data(), body);
 }
 
 DecodedHeader decode_header(std::string_view value) {
   HeaderReader reader(value);
   DecodedHeader header;
-  if (reader.array() != 5) throw Error(ErrorKind::kCorruptData, "a stored header has not five parts");
+  if (reader.array() != 5)
+    throw Error(ErrorKind::kCorruptData, "a stored header has not five parts");
   const std::uint64_t kind = reader.unsigned_integer();
   if (kind > static_cast<std::uint64_t>(HeaderKind::kGap)) HeaderReader::damaged();
   header.kind = static_cast<HeaderKind>(kind);
@@ -165,7 +172,8 @@ DecodedHeader decode_header(std::string_view value) {
     header.chunks.push_back(chunk);
   }
   // The inline bytes lie right before the checksum, whatever the description before them holds.
-  if (inline_total + kChecksumBytes > value.size()) throw Error(ErrorKind::kCorruptData, "a stored header is cut off");
+  if (inline_total + kChecksumBytes > value.size())
+    throw Error(ErrorKind::kCorruptData, "a stored header is cut off");
   header.inline_bytes = value.substr(value.size() - kChecksumBytes - inline_total, inline_total);
   return header;
 }

@@ -1,5 +1,6 @@
-// What writer and reader share: names, keys and the header of a call. The prose is docs/record_format.md; a change here
-// changes kFormatVersion, that page and a golden file together.
+// What writer and reader share: names, keys and the header of a call. The prose is
+// docs/record_format.md; a change here changes kFormatVersion, that page and a golden file
+// together.
 #pragma once
 
 #include <array>
@@ -34,12 +35,14 @@ static_assert(kRankBits + kAttemptBits + kRowBits == 63, "row_id is a non-negati
 using Key = std::array<unsigned char, 8>;
 [[nodiscard]] inline Key encode_key(std::uint64_t number) noexcept {
   Key key;
-  for (std::size_t i = 0; i < key.size(); ++i) key[i] = static_cast<unsigned char>(number >> (56 - 8 * i));
+  for (std::size_t i = 0; i < key.size(); ++i)
+    key[i] = static_cast<unsigned char>(number >> (56 - 8 * i));
   return key;
 }
 [[nodiscard]] inline std::uint64_t decode_key(const void* key) noexcept {
   std::uint64_t number = 0;
-  for (std::size_t i = 0; i < 8; ++i) number = number << 8 | static_cast<const unsigned char*>(key)[i];
+  for (std::size_t i = 0; i < 8; ++i)
+    number = number << 8 | static_cast<const unsigned char*>(key)[i];
   return number;
 }
 
@@ -72,8 +75,8 @@ enum class HeaderKind : std::uint8_t { kCall = 0, kGap = 1 };
 inline constexpr std::size_t kChecksumBytes = 5;  // 0xce and the CRC-32C of all before it
 
 // Replaces *out by the stored value of a call's header; `description` is msgpack already.
-void encode_call(const CallIdentity& identity, const std::vector<ChunkRef>& chunks, std::string_view description,
-                 std::string_view inline_bytes, std::string* out);
+void encode_call(const CallIdentity& identity, const std::vector<ChunkRef>& chunks,
+                 std::string_view description, std::string_view inline_bytes, std::string* out);
 
 // Replaces *out by the stored value of a gap's header.
 void encode_gap(const Gap& gap, std::string* out);
@@ -88,7 +91,8 @@ struct DecodedHeader {
   std::string_view inline_bytes;
 };
 
-// What the core itself needs of a stored header. Throws Error(kCorruptData) on anything but what encode_* writes.
+// What the core itself needs of a stored header. Throws Error(kCorruptData) on anything but what
+// encode_* writes.
 [[nodiscard]] DecodedHeader decode_header(std::string_view value);
 
 // Totals of a segment, in the same transaction as the rows they count.

@@ -13,18 +13,23 @@ namespace {
 
 MDB_val value_of(std::string_view bytes) { return {bytes.size(), const_cast<char*>(bytes.data())}; }
 MDB_val value_of(Key& key) { return {key.size(), key.data()}; }
-std::string_view view_of(const MDB_val& value) { return {static_cast<const char*>(value.mv_data), value.mv_size}; }
+std::string_view view_of(const MDB_val& value) {
+  return {static_cast<const char*>(value.mv_data), value.mv_size};
+}
 
 std::string segment_json(const SegmentIdentity& identity, Sync sync) {
   const std::string epoch = identity.epoch == kNoEpoch ? "null" : std::to_string(identity.epoch);
-  return "{\"format_version\": " + std::to_string(kFormatVersion) + ", \"rank\": " + std::to_string(identity.rank) +
-         ", \"epoch\": " + epoch + ", \"attempt\": " + std::to_string(identity.attempt) +
+  return "{\"format_version\": " + std::to_string(kFormatVersion) +
+         ", \"rank\": " + std::to_string(identity.rank) + ", \"epoch\": " + epoch +
+         ", \"attempt\": " + std::to_string(identity.attempt) +
          ", \"sequence\": " + std::to_string(identity.sequence) + ", \"durability\": \"" +
-         (sync == Sync::kEveryCommit ? "power" : "process") + "\", \"boot_id\": \"" + boot_id() + "\"}\n";
+         (sync == Sync::kEveryCommit ? "power" : "process") + "\", \"boot_id\": \"" + boot_id() +
+         "\"}\n";
 }
 
 std::string sealed_json(const SegmentTotals& totals) {
-  return "{\"format_version\": " + std::to_string(kFormatVersion) + ", \"rows\": " + std::to_string(totals.rows) +
+  return "{\"format_version\": " + std::to_string(kFormatVersion) +
+         ", \"rows\": " + std::to_string(totals.rows) +
          ", \"ground_truth_rows\": " + std::to_string(totals.ground_truth_rows) +
          ", \"calls\": " + std::to_string(totals.calls) + "}\n";
 }
@@ -41,7 +46,8 @@ std::string partition_name(std::int64_t epoch) {
   return epoch == kNoEpoch ? std::string("epoch-none") : "epoch-" + std::to_string(epoch);
 }
 
-Segment::Segment(std::string directory, const SegmentIdentity& identity, Sync sync, std::size_t map_bytes)
+Segment::Segment(std::string directory, const SegmentIdentity& identity, Sync sync,
+                 std::size_t map_bytes)
     : directory_(std::move(directory)), identity_(identity), sync_(sync), map_bytes_(map_bytes) {
   make_directories(directory_);
   // The environment comes first: a directory with segment.json is always one that can be opened.
@@ -76,15 +82,18 @@ void Segment::sync() {
 void Segment::seal() {
   if (sync_ == Sync::kOnRequest) sync();
   close();
-  // With synced commits the file tells only that no lock is needed; losing it in a power cut loses nothing.
+  // With synced commits the file tells only that no lock is needed; losing it in a power cut loses
+  // nothing.
   replace_file(path(kSealedFile), sealed_json(totals_), sync_ == Sync::kOnRequest);
 }
 
-// Nobody reads what was just appended, and a container's memory limit counts it: write-back starts now where commits do
-// not force it, and clean pages go. Both are advice; pages of the trees are mapped, which keeps them.
+// Nobody reads what was just appended, and a container's memory limit counts it: write-back starts
+// now where commits do not force it, and clean pages go. Both are advice; pages of the trees are
+// mapped, which keeps them.
 void Segment::give_back_page_cache(std::uint64_t used_before) noexcept {
   int descriptor = -1;
-  if (mdb_env_get_fd(environment_->get(), &descriptor) != MDB_SUCCESS || used_bytes_ <= used_before) return;
+  if (mdb_env_get_fd(environment_->get(), &descriptor) != MDB_SUCCESS || used_bytes_ <= used_before)
+    return;
   const auto begin = static_cast<off_t>(used_before);
   const auto length = static_cast<off_t>(used_bytes_ - used_before);
 #if defined(SYNC_FILE_RANGE_WRITE)
@@ -119,14 +128,18 @@ std::string Segment::read_header(std::uint64_t call) {
 }
 
 Segment::Batch::Batch(Segment& segment)
-    : segment_(segment), transaction_((segment.open(), *segment.environment_), false), totals_(segment.totals_) {}
+    : segment_(segment),
+      transaction_((segment.open(), *segment.environment_), false),
+      totals_(segment.totals_) {}
 
 void Segment::Batch::put_chunk(std::uint64_t key, std::string_view value, unsigned flags) {
   Key encoded = encode_key(key);
   MDB_val key_value = value_of(encoded);
-  // MDB_RESERVE: the bytes go straight into the page, without the copy that a put of a temporary would need.
+  // MDB_RESERVE: the bytes go straight into the page, without the copy that a put of a temporary
+  // would need.
   MDB_val reserved{value.size(), nullptr};
-  check_lmdb(mdb_put(transaction_.get(), segment_.environment_->chunks(), &key_value, &reserved, flags | MDB_RESERVE),
+  check_lmdb(mdb_put(transaction_.get(), segment_.environment_->chunks(), &key_value, &reserved,
+                     flags | MDB_RESERVE),
              "cannot write a chunk");
   std::memcpy(reserved.mv_data, value.data(), value.size());
 }
@@ -144,7 +157,8 @@ void Segment::Batch::commit() {
   encode_meta(totals_, &meta);
   MDB_val key_value = value_of(kMetaKey);
   MDB_val value = value_of(meta);
-  check_lmdb(mdb_put(transaction_.get(), segment_.environment_->main(), &key_value, &value, 0), "cannot write totals");
+  check_lmdb(mdb_put(transaction_.get(), segment_.environment_->main(), &key_value, &value, 0),
+             "cannot write totals");
   transaction_.commit();
   segment_.totals_ = totals_;
   MDB_envinfo info{};

@@ -1,7 +1,7 @@
 // The write side of one segment: an LMDB environment with its two databases, from creation to seal.
 //
-// Used by the writer thread only. A segment is written by the process that made it and by nobody after it; what an
-// earlier process left is sealed, never appended to.
+// Used by the writer thread only. A segment is written by the process that made it and by nobody
+// after it; what an earlier process left is sealed, never appended to.
 #pragma once
 
 #include <cstddef>
@@ -38,22 +38,28 @@ class Segment {
   [[nodiscard]] bool has_room_for(std::uint64_t bytes) const noexcept;
   [[nodiscard]] std::uint64_t disk_bytes() const;
 
-  void open();                                  // after close(); nothing to do when it is open
-  void close() noexcept { environment_.reset(); }  // lets go of the descriptors; the segment can be opened again
-  void sync();                                  // durability="process": forces commits to disk
-  void seal();                                  // syncs, writes sealed.json, closes
+  void open();  // after close(); nothing to do when it is open
+  void close() noexcept {
+    environment_.reset();
+  }             // lets go of the descriptors; the segment can be opened again
+  void sync();  // durability="process": forces commits to disk
+  void seal();  // syncs, writes sealed.json, closes
 
-  // Copies the value stored in `chunks` under `key` to `out` if it has that size; false if there is none.
+  // Copies the value stored in `chunks` under `key` to `out` if it has that size; false if there is
+  // none.
   bool read_chunk(std::uint64_t key, void* out, std::size_t bytes);
   // The stored header of a call; empty if it is not here.
   std::string read_header(std::uint64_t call);
 
-  // One write transaction. Nothing of it is visible, and totals() is unchanged, until commit() has returned.
+  // One write transaction. Nothing of it is visible, and totals() is unchanged, until commit() has
+  // returned.
   class Batch {
    public:
     explicit Batch(Segment& segment);
     // REQUIRES: keys of append_chunk rise over the life of the segment.
-    void append_chunk(std::uint64_t key, std::string_view value) { put_chunk(key, value, MDB_APPEND); }
+    void append_chunk(std::uint64_t key, std::string_view value) {
+      put_chunk(key, value, MDB_APPEND);
+    }
     void insert_chunk(std::uint64_t key, std::string_view value) { put_chunk(key, value, 0); }
     void put_header(std::uint64_t call, std::string_view value);
     [[nodiscard]] SegmentTotals& totals() noexcept { return totals_; }

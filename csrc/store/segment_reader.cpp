@@ -17,7 +17,8 @@ constexpr const char* kDamageHint = "restore the segment from a copy, or drop it
 
 Access access_for(const std::string& directory, bool sealed) {
   if (sealed) return Access::kReadSealed;
-  // One handle an environment and process: if the writer of this process may open it too, it must be able to write.
+  // One handle an environment and process: if the writer of this process may open it too, it must
+  // be able to write.
   return StoreState::owns(directory) ? Access::kWrite : Access::kReadLive;
 }
 
@@ -25,13 +26,15 @@ Access access_for(const std::string& directory, bool sealed) {
 
 SegmentReader::SegmentReader(const std::string& directory, bool sealed) : directory_(directory) {
   try {
-    environment_ = Environment::open(directory, access_for(directory, sealed), Sync::kEveryCommit, 0);
+    environment_ =
+        Environment::open(directory, access_for(directory, sealed), Sync::kEveryCommit, 0);
   } catch (const StoreError& error) {
     if (error.code() == ENOENT) {
-      throw Error(ErrorKind::kNotFound, "the segment " + directory + " is gone: its epoch was dropped");
+      throw Error(ErrorKind::kNotFound,
+                  "the segment " + directory + " is gone: its epoch was dropped");
     }
-    if (error.code() == MDB_INVALID || error.code() == MDB_VERSION_MISMATCH || error.code() == MDB_NOTFOUND ||
-        error.code() == MDB_CORRUPTED) {
+    if (error.code() == MDB_INVALID || error.code() == MDB_VERSION_MISMATCH ||
+        error.code() == MDB_NOTFOUND || error.code() == MDB_CORRUPTED) {
       throw Error(ErrorKind::kCorruptData, error.what(), kDamageHint);
     }
     throw;
@@ -48,22 +51,25 @@ std::string SegmentReader::meta() const {
   return {static_cast<const char*>(value.mv_data), value.mv_size};
 }
 
-std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(std::optional<std::uint64_t> after,
-                                                                          std::size_t limit) const {
+std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(
+    std::optional<std::uint64_t> after, std::size_t limit) const {
   std::vector<std::pair<std::uint64_t, std::string>> found;
   if (after == std::numeric_limits<std::uint64_t>::max()) return found;  // nothing can be behind it
   const Transaction transaction(*environment_, true);
   MDB_cursor* cursor = nullptr;
-  check_lmdb(mdb_cursor_open(transaction.get(), environment_->headers(), &cursor), "cannot read headers");
+  check_lmdb(mdb_cursor_open(transaction.get(), environment_->headers(), &cursor),
+             "cannot read headers");
   const std::unique_ptr<MDB_cursor, decltype(&mdb_cursor_close)> guard(cursor, &mdb_cursor_close);
   Key first = encode_key(after ? *after + 1 : 0);
   MDB_val key{first.size(), first.data()};
   MDB_val value{};
   int code = mdb_cursor_get(cursor, &key, &value, MDB_SET_RANGE);
-  for (; code == MDB_SUCCESS && found.size() < limit; code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
+  for (; code == MDB_SUCCESS && found.size() < limit;
+       code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
     const std::string_view bytes(static_cast<const char*>(value.mv_data), value.mv_size);
     if (key.mv_size != first.size() || !header_is_sound(bytes)) {
-      throw Error(ErrorKind::kCorruptData, "a header of " + directory_ + " does not match its checksum", kDamageHint);
+      throw Error(ErrorKind::kCorruptData,
+                  "a header of " + directory_ + " does not match its checksum", kDamageHint);
     }
     found.emplace_back(decode_key(key.mv_data), std::string(bytes));
   }
@@ -80,14 +86,18 @@ void SegmentReader::read(const std::vector<ChunkRequest>& requests, std::byte* o
     const int code = mdb_get(transaction.get(), environment_->chunks(), &key, &value);
     if (code != MDB_NOTFOUND) check_lmdb(code, "cannot read a chunk");
     if (code == MDB_NOTFOUND || value.mv_size != request.bytes) {
-      throw Error(ErrorKind::kCorruptData, "chunk " + std::to_string(request.key) + " of " + directory_ + " is missing or cut",
-                  kDamageHint);
+      throw Error(
+          ErrorKind::kCorruptData,
+          "chunk " + std::to_string(request.key) + " of " + directory_ + " is missing or cut",
+          kDamageHint);
     }
     std::memcpy(out + request.offset, value.mv_data, value.mv_size);
     // Of the copy, which is in the cache, and which is what the caller gets.
     if (crc32c(out + request.offset, request.bytes) != request.crc) {
       throw Error(ErrorKind::kCorruptData,
-                  "chunk " + std::to_string(request.key) + " of " + directory_ + " does not match its checksum", kDamageHint);
+                  "chunk " + std::to_string(request.key) + " of " + directory_ +
+                      " does not match its checksum",
+                  kDamageHint);
     }
   }
 }

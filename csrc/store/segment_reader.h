@@ -1,4 +1,5 @@
-// Read access to one segment: short transactions, copies out. Never holds anything between two calls but the handle.
+// Read access to one segment: short transactions, copies out. Never holds anything between two
+// calls but the handle.
 //
 // Thread safety: all methods, each with a transaction of its own.
 #pragma once
@@ -27,9 +28,10 @@ class SegmentReader {
   SegmentReader(const std::string& directory, bool sealed);
 
   [[nodiscard]] std::string meta() const;
-  // Up to `limit` (call, value) pairs behind `after`. Throws Error(kCorruptData) on a wrong checksum.
-  [[nodiscard]] std::vector<std::pair<std::uint64_t, std::string>> headers(std::optional<std::uint64_t> after,
-                                                                           std::size_t limit) const;
+  // Up to `limit` (call, value) pairs behind `after`. Throws Error(kCorruptData) on a wrong
+  // checksum.
+  [[nodiscard]] std::vector<std::pair<std::uint64_t, std::string>> headers(
+      std::optional<std::uint64_t> after, std::size_t limit) const;
   // Copies chunks to `out`. REQUIRES: each offset + bytes lies in it. Throws Error(kCorruptData).
   void read(const std::vector<ChunkRequest>& requests, std::byte* out) const;
 

@@ -23,7 +23,8 @@ namespace {
 
 constexpr const char* kTrashPrefix = "trash-";
 constexpr const char* kPartitionPrefix = "epoch-";
-// A reader of this process holds an environment for one batch; after this long it is left to close it by itself.
+// A reader of this process holds an environment for one batch; after this long it is left to close
+// it by itself.
 constexpr auto kReaderPatience = std::chrono::seconds(2);
 
 bool starts_with(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
@@ -35,7 +36,8 @@ std::string read_text(const std::string& path) {
   return text.str();
 }
 
-// Whether LMDB may open the segment: not after a power cut went over commits that were never synced.
+// Whether LMDB may open the segment: not after a power cut went over commits that were never
+// synced.
 bool is_usable(const std::string& segment) {
   if (path_exists(segment + "/" + kSealedFile)) return true;
   const std::string identity = read_text(segment + "/" + kSegmentFile);
@@ -45,16 +47,19 @@ bool is_usable(const std::string& segment) {
 }
 
 // Feature and ground-truth rows of a segment; each call counts once, however many segments hold it.
-void count_rows(const std::string& segment, std::set<std::pair<std::uint32_t, std::uint64_t>>* seen, DroppedRows* rows) {
+void count_rows(const std::string& segment, std::set<std::pair<std::uint32_t, std::uint64_t>>* seen,
+                DroppedRows* rows) {
   if (!is_usable(segment)) return;
   const auto environment = Environment::open(segment, Access::kReadSealed, Sync::kEveryCommit, 0);
   const Transaction transaction(*environment, true);
   MDB_cursor* cursor = nullptr;
-  check_lmdb(mdb_cursor_open(transaction.get(), environment->headers(), &cursor), "cannot read headers");
+  check_lmdb(mdb_cursor_open(transaction.get(), environment->headers(), &cursor),
+             "cannot read headers");
   const std::unique_ptr<MDB_cursor, decltype(&mdb_cursor_close)> guard(cursor, &mdb_cursor_close);
   MDB_val key{}, value{};
   while (mdb_cursor_get(cursor, &key, &value, MDB_NEXT) == MDB_SUCCESS) {
-    const DecodedHeader header = decode_header({static_cast<const char*>(value.mv_data), value.mv_size});
+    const DecodedHeader header =
+        decode_header({static_cast<const char*>(value.mv_data), value.mv_size});
     if (header.kind != HeaderKind::kCall) continue;
     if (!seen->emplace(header.identity.attempt, header.identity.call).second) continue;
     rows->rows += header.identity.rows;
@@ -62,7 +67,8 @@ void count_rows(const std::string& segment, std::set<std::pair<std::uint32_t, st
   }
 }
 
-// Waits until no reader of this process has the environment open, so that unlinking gives the space back.
+// Waits until no reader of this process has the environment open, so that unlinking gives the space
+// back.
 void wait_for_readers(const std::string& segment) {
   const std::string data = segment + "/" + kDataFile;
   if (!path_exists(data)) return;
@@ -80,7 +86,8 @@ void wait_for_readers(const std::string& segment) {
 
 }  // namespace
 
-LockFile::LockFile(const std::string& path) : descriptor_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)) {
+LockFile::LockFile(const std::string& path)
+    : descriptor_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)) {
   if (descriptor_ < 0) throw_store_error(errno, "cannot open", path);
   // Somebody who only asks (is_held) has it for an instant; a writer has it for long.
   for (int tries = 0; flock(descriptor_, LOCK_EX | LOCK_NB) != 0; ++tries) {
@@ -116,7 +123,8 @@ StoreUse::StoreUse(const std::string& directory, const StoreOptions& options) {
   make_directories(directory);
   if (const std::string network = network_filesystem_at(directory); !network.empty()) {
     throw Error(ErrorKind::kStorage,
-                directory + " lies on a network filesystem (" + network + "), where LMDB cannot be written to",
+                directory + " lies on a network filesystem (" + network +
+                    "), where LMDB cannot be written to",
                 "choose a local TracerConfig.data_dir");
   }
   Process& registry = process();
@@ -126,10 +134,12 @@ StoreUse::StoreUse(const std::string& directory, const StoreOptions& options) {
   if (state == nullptr || state->users_ == 0) {
     state.reset(new StoreState(directory, options));
     entry = state;
-  } else if (state->options_.sync != options.sync || state->options_.max_bytes != options.max_bytes) {
-    throw Error(ErrorKind::kInvalidInput,
-                "another tracer of this process records this trace with another durability or max_bytes",
-                "give both tracers the same TracerConfig.durability and max_bytes");
+  } else if (state->options_.sync != options.sync ||
+             state->options_.max_bytes != options.max_bytes) {
+    throw Error(
+        ErrorKind::kInvalidInput,
+        "another tracer of this process records this trace with another durability or max_bytes",
+        "give both tracers the same TracerConfig.durability and max_bytes");
   }
   ++state->users_;
   state_ = std::move(state);
@@ -169,11 +179,15 @@ bool StoreState::owns(const std::string& segment_directory) {
 }
 
 StoreState::StoreState(std::string directory, const StoreOptions& options)
-    : directory_(std::move(directory)), options_(options), lock_(std::make_unique<LockFile>(directory_ + "/" + kLockFile)) {
+    : directory_(std::move(directory)),
+      options_(options),
+      lock_(std::make_unique<LockFile>(directory_ + "/" + kLockFile)) {
   adopt_earlier_segments();
 }
 
-std::string StoreState::partition_directory(std::int64_t epoch) const { return directory_ + "/" + partition_name(epoch); }
+std::string StoreState::partition_directory(std::int64_t epoch) const {
+  return directory_ + "/" + partition_name(epoch);
+}
 
 // The last owner is dead or gone: finish its drops, seal what it left.
 void StoreState::adopt_earlier_segments() {
@@ -191,7 +205,8 @@ void StoreState::adopt_earlier_segments() {
       if (path_exists(segment + "/" + kSealedFile)) continue;
       if (is_usable(segment)) {
         sync_file(segment + "/" + kDataFile);
-        replace_file(segment + "/" + kSealedFile, "{\"format_version\": " + std::to_string(kFormatVersion) + "}\n", true);
+        replace_file(segment + "/" + kSealedFile,
+                     "{\"format_version\": " + std::to_string(kFormatVersion) + "}\n", true);
       }
     }
   }
@@ -202,7 +217,8 @@ void StoreState::subtract_disk_bytes(std::uint64_t bytes) noexcept {
 }
 
 std::string StoreState::next_trash_name() {
-  return directory_ + "/" + kTrashPrefix + std::to_string(getpid()) + "-" + std::to_string(trash_counter_++);
+  return directory_ + "/" + kTrashPrefix + std::to_string(getpid()) + "-" +
+         std::to_string(trash_counter_++);
 }
 
 DroppedRows StoreState::drop_epoch(std::int64_t epoch, std::optional<std::uint32_t> attempt) {
@@ -226,8 +242,10 @@ void StoreState::drop_all() {
   delete_directories(doomed, false);
 }
 
-// Renaming is what makes the rows invisible, at once and whatever their size; the rest may take its time.
-DroppedRows StoreState::delete_directories(const std::vector<std::string>& directories, bool count) {
+// Renaming is what makes the rows invisible, at once and whatever their size; the rest may take its
+// time.
+DroppedRows StoreState::delete_directories(const std::vector<std::string>& directories,
+                                           bool count) {
   if (directories.empty()) return {};
   std::vector<std::string> trash;
   for (const std::string& directory : directories) {
@@ -241,14 +259,16 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
     std::vector<std::string> segments{directory};
     if (!path_exists(directory + "/" + kDataFile)) {
       segments.clear();
-      for (const std::string& name : list_directory(directory)) segments.push_back(directory + "/" + name);
+      for (const std::string& name : list_directory(directory))
+        segments.push_back(directory + "/" + name);
     }
     for (const std::string& segment : segments) {
       const std::uint64_t bytes = disk_bytes_of(segment + "/" + kDataFile);
       try {
         if (count) count_rows(segment, &seen, &rows);
       } catch (const Error&) {
-        // Damaged: the rows behind the damage cannot be counted, and the user wants them gone all the same.
+        // Damaged: the rows behind the damage cannot be counted, and the user wants them gone all
+        // the same.
       }
       wait_for_readers(segment);
       subtract_disk_bytes(bytes);

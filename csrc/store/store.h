@@ -2,10 +2,11 @@
 //
 //   StoreState        one a directory and process, found by device and inode
 //   StoreUse          a share in it; the lock is held from the first to the last
-//   segments on disk  those of earlier processes are sealed when the store opens, and only read or dropped afterwards
+//   segments on disk  those of earlier processes are sealed when the store opens, and only read or
+//   dropped afterwards
 //
-// Thread safety: construction and destruction from any thread (process().stores_mutex); drop_* on the writer thread, or
-// on any one thread while no writer runs; the counters from anywhere.
+// Thread safety: construction and destruction from any thread (process().stores_mutex); drop_* on
+// the writer thread, or on any one thread while no writer runs; the counters from anywhere.
 #pragma once
 
 #include <atomic>
@@ -58,9 +59,13 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
   [[nodiscard]] std::string partition_directory(std::int64_t epoch) const;
 
   // Of all segments of this rank, as last seen by the writer.
-  [[nodiscard]] std::uint64_t disk_bytes() const noexcept { return disk_bytes_.load(std::memory_order_relaxed); }
+  [[nodiscard]] std::uint64_t disk_bytes() const noexcept {
+    return disk_bytes_.load(std::memory_order_relaxed);
+  }
   // relaxed: a budget's count; only the writer thread and drops write it.
-  void add_disk_bytes(std::uint64_t bytes) noexcept { disk_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
+  void add_disk_bytes(std::uint64_t bytes) noexcept {
+    disk_bytes_.fetch_add(bytes, std::memory_order_relaxed);
+  }
 
   // Deletes an epoch, or one attempt of it. REQUIRES: no environment of it is open for writing.
   DroppedRows drop_epoch(std::int64_t epoch, std::optional<std::uint32_t> attempt);
@@ -85,8 +90,8 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
 class StoreUse {
  public:
   StoreUse() = default;
-  // A share in the process's store of `directory`, which is made if it is missing. Throws Error(kTraceInUse),
-  // Error(kInvalidInput) when it is open with other options, StoreError.
+  // A share in the process's store of `directory`, which is made if it is missing. Throws
+  // Error(kTraceInUse), Error(kInvalidInput) when it is open with other options, StoreError.
   StoreUse(const std::string& directory, const StoreOptions& options);
   // One more share in a store that is in use.
   explicit StoreUse(const StoreUse& other);

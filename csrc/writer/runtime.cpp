@@ -22,26 +22,31 @@ constexpr std::uint64_t kLmdbPageHeaderBytes = 16;
 constexpr auto kWaitSlice = std::chrono::milliseconds(50);
 constexpr auto kStatusInterval = std::chrono::milliseconds(200);
 
-// A call of several columns should be able to fill the ring while earlier pieces are written: 1/8 of it a piece.
+// A call of several columns should be able to fill the ring while earlier pieces are written: 1/8
+// of it a piece.
 std::uint64_t piece_bytes_for(std::uint64_t ring_bytes) {
-  const std::uint64_t pages = std::max<std::uint64_t>(std::min(kLargestPieceBytes, ring_bytes / 8) / kPageBytes, 1);
+  const std::uint64_t pages =
+      std::max<std::uint64_t>(std::min(kLargestPieceBytes, ring_bytes / 8) / kPageBytes, 1);
   return pages * kPageBytes - kLmdbPageHeaderBytes;
 }
 
 std::size_t usable_ring_bytes(std::size_t ring_bytes) {
   if (ring_bytes < kSmallestRingBytes) {
     throw Error(ErrorKind::kInvalidInput,
-                "ring_bytes=" + std::to_string(ring_bytes) + " is below " + std::to_string(kSmallestRingBytes),
+                "ring_bytes=" + std::to_string(ring_bytes) + " is below " +
+                    std::to_string(kSmallestRingBytes),
                 "raise TracerConfig.ring_bytes");
   }
   return ring_bytes / Writer::Ring::kGranuleBytes * Writer::Ring::kGranuleBytes;
 }
 
-// With OMP_PROC_BIND the main thread is bound to one core, and a thread that inherits its mask competes with it.
+// With OMP_PROC_BIND the main thread is bound to one core, and a thread that inherits its mask
+// competes with it.
 void use_every_cpu() {
   cpu_set_t cpus;
   std::memset(&cpus, 0xFF, sizeof cpus);
-  sched_setaffinity(0, sizeof cpus, &cpus);  // the kernel cuts it down to the cpuset; failing changes nothing
+  sched_setaffinity(0, sizeof cpus,
+                    &cpus);  // the kernel cuts it down to the cpuset; failing changes nothing
 }
 
 }  // namespace
@@ -51,7 +56,8 @@ std::shared_ptr<Runtime> Runtime::acquire(std::size_t ring_bytes) {
   const std::lock_guard<std::mutex> lock(state.runtime_mutex);
   if (auto runtime = state.runtime.lock()) return runtime;
   const std::uint64_t generation = process_generation();
-  // In a forked child the ring's memory is not there and the thread does not run: leaked, never torn down.
+  // In a forked child the ring's memory is not there and the thread does not run: leaked, never
+  // torn down.
   std::shared_ptr<Runtime> runtime(new Runtime(ring_bytes), [generation](Runtime* owned) {
     if (generation == process_generation()) delete owned;
   });
@@ -87,7 +93,8 @@ Runtime::Runtime(std::size_t ring_bytes)
     thread_ = std::thread([this] { thread_main(); });
   } catch (...) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    throw Error(ErrorKind::kStorage, "cannot start the writer thread", "raise the limit of processes (ulimit -u)");
+    throw Error(ErrorKind::kStorage, "cannot start the writer thread",
+                "raise the limit of processes (ulimit -u)");
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
@@ -102,15 +109,18 @@ Runtime::~Runtime() {
 void Runtime::attach(const std::shared_ptr<Recorder>& recorder) {
   const RecorderOptions& options = recorder->options();
   // The most eager tracer sets the pace for all: they share the ring.
-  const std::uint64_t group = std::min<std::uint64_t>(group_bytes_.load(std::memory_order_relaxed), options.commit_bytes);
+  const std::uint64_t group =
+      std::min<std::uint64_t>(group_bytes_.load(std::memory_order_relaxed), options.commit_bytes);
   group_bytes_.store(std::max<std::uint64_t>(group, 1), std::memory_order_relaxed);
   const std::uint64_t wake_bytes = std::min<std::uint64_t>(group, arena_.bytes() / 2);
-  wake_granules_.store(std::max<std::uint64_t>(wake_bytes / Ring::kGranuleBytes, 1), std::memory_order_relaxed);
-  interval_ns_.store(std::min<std::int64_t>(interval_ns_.load(std::memory_order_relaxed), options.commit_interval.count()),
+  wake_granules_.store(std::max<std::uint64_t>(wake_bytes / Ring::kGranuleBytes, 1),
+                       std::memory_order_relaxed);
+  interval_ns_.store(std::min<std::int64_t>(interval_ns_.load(std::memory_order_relaxed),
+                                            options.commit_interval.count()),
                      std::memory_order_relaxed);
   WaitHooks no_hooks;
-  run_on_writer([recorder](Writer& writer) { writer.attach(recorder); }, options.stall_timeout, "opening a recorder",
-                no_hooks);
+  run_on_writer([recorder](Writer& writer) { writer.attach(recorder); }, options.stall_timeout,
+                "opening a recorder", no_hooks);
 }
 
 void Runtime::wake() noexcept {
@@ -129,8 +139,8 @@ void Runtime::wait_slice(std::uint64_t seen, WaitHooks& hooks) {
   hooks.after_slice();
 }
 
-void Runtime::run_on_writer(std::function<void(Writer&)> run, std::chrono::nanoseconds timeout, const char* what,
-                            WaitHooks& hooks) {
+void Runtime::run_on_writer(std::function<void(Writer&)> run, std::chrono::nanoseconds timeout,
+                            const char* what, WaitHooks& hooks) {
   auto task = std::make_shared<Task>();
   task->run = std::move(run);
   {
@@ -142,8 +152,9 @@ void Runtime::run_on_writer(std::function<void(Writer&)> run, std::chrono::nanos
     const std::uint64_t seen = progress();
     if (task->done.load(std::memory_order_acquire)) break;
     if (Clock::now() >= deadline) {
-      throw Error(ErrorKind::kTraceStall, std::string(what) + " took longer than " +
-                                              std::to_string(std::chrono::duration<double>(timeout).count()) + " s",
+      throw Error(ErrorKind::kTraceStall,
+                  std::string(what) + " took longer than " +
+                      std::to_string(std::chrono::duration<double>(timeout).count()) + " s",
                   "look whether the disk still answers, or raise TracerConfig.stall_timeout_s");
     }
     wait_slice(seen, hooks);
@@ -162,7 +173,8 @@ void Runtime::thread_main() {
 
 void Runtime::sleep_until_due() {
   auto sleep = std::chrono::nanoseconds(interval_ns_.load(std::memory_order_relaxed));
-  if (retry_at_) sleep = std::min(sleep, std::max(*retry_at_ - Clock::now(), std::chrono::nanoseconds(0)));
+  if (retry_at_)
+    sleep = std::min(sleep, std::max(*retry_at_ - Clock::now(), std::chrono::nanoseconds(0)));
   timespec until{};
   clock_gettime(CLOCK_MONOTONIC, &until);
   const std::int64_t ns = until.tv_nsec + sleep.count();
@@ -170,7 +182,8 @@ void Runtime::sleep_until_due() {
   until.tv_nsec = ns % 1000000000;
   while (sem_clockwait(&wake_signal_, CLOCK_MONOTONIC, &until) != 0 && errno == EINTR) {
   }
-  // acq_rel PAIRS WITH wake(): whoever was spared the system call by the flag has published before we look.
+  // acq_rel PAIRS WITH wake(): whoever was spared the system call by the flag has published before
+  // we look.
   wake_requested_.exchange(false, std::memory_order_acq_rel);
 }
 
@@ -182,9 +195,10 @@ void Runtime::work() {
     const bool did_some = writer_.drain_group(Clock::now(), group_bytes);
     read_position_.store(ring_.read_position(), std::memory_order_relaxed);
     if (did_some) announce_progress();
-    // What came meanwhile waits for its interval unless it makes a group: else a steady producer would keep us
-    // committing call by call, each with a sync of its own.
-    more = did_some && ring_.head() - ring_.read_position() >= wake_granules_.load(std::memory_order_relaxed);
+    // What came meanwhile waits for its interval unless it makes a group: else a steady producer
+    // would keep us committing call by call, each with a sync of its own.
+    more = did_some &&
+           ring_.head() - ring_.read_position() >= wake_granules_.load(std::memory_order_relaxed);
     keep_house();
   }
   retry_at_ = writer_.next_retry();

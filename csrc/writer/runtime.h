@@ -1,10 +1,12 @@
 // The ring and the writer thread of a process, and how other threads wait for them.
 //
-// One a process, made by the first recorder and taken down with the last one. The thread never touches Python, takes no
-// signals, and may run on every CPU of the process's cpuset, whatever mask it inherited.
+// One a process, made by the first recorder and taken down with the last one. The thread never
+// touches Python, takes no signals, and may run on every CPU of the process's cpuset, whatever mask
+// it inherited.
 //
-// Waking: the thread looks at the ring every commit interval; a producer wakes it earlier only when a group's worth of
-// bytes is waiting, and a waiter when it begins to wait. So an ordinary hook makes no system call.
+// Waking: the thread looks at the ring every commit interval; a producer wakes it earlier only when
+// a group's worth of bytes is waiting, and a waiter when it begins to wait. So an ordinary hook
+// makes no system call.
 //
 // Thread safety: all methods from any thread.
 #pragma once
@@ -43,7 +45,8 @@ class Runtime {
   Runtime& operator=(const Runtime&) = delete;
 
   [[nodiscard]] Ring& ring() noexcept { return ring_; }
-  // Payload of the largest piece: small beside the ring, and with LMDB's 16-byte page header a whole number of pages.
+  // Payload of the largest piece: small beside the ring, and with LMDB's 16-byte page header a
+  // whole number of pages.
   [[nodiscard]] std::uint64_t max_piece_bytes() const noexcept { return max_piece_bytes_; }
 
   // Never given twice, not even across a fork: threads remember their calls by it.
@@ -53,21 +56,26 @@ class Runtime {
   // Producer, after a publish: wakes the thread if a group is waiting.
   void note_published() noexcept {
     // relaxed: a decision that may lag; the thread looks by itself every interval.
-    if (ring_.head() - read_position_.load(std::memory_order_relaxed) >= wake_granules_.load(std::memory_order_relaxed)) {
+    if (ring_.head() - read_position_.load(std::memory_order_relaxed) >=
+        wake_granules_.load(std::memory_order_relaxed)) {
       wake();
     }
   }
   void wake() noexcept;
 
-  // A count that rises whenever the writer has done something. Read it, look at the state you wait for, then wait.
-  [[nodiscard]] std::uint64_t progress() const noexcept { return progress_.load(std::memory_order_acquire); }
+  // A count that rises whenever the writer has done something. Read it, look at the state you wait
+  // for, then wait.
+  [[nodiscard]] std::uint64_t progress() const noexcept {
+    return progress_.load(std::memory_order_acquire);
+  }
   // Wakes the writer and waits until progress() differs from `seen`, at most one slice.
   void wait_slice(std::uint64_t seen, WaitHooks& hooks);
 
-  // Runs `task` on the writer thread between two groups and waits for it; rethrows what it throws. Throws
-  // Error(kTraceStall) at the deadline; the task may still run later, so it must own what it touches.
-  void run_on_writer(std::function<void(Writer&)> task, std::chrono::nanoseconds timeout, const char* what,
-                     WaitHooks& hooks);
+  // Runs `task` on the writer thread between two groups and waits for it; rethrows what it throws.
+  // Throws Error(kTraceStall) at the deadline; the task may still run later, so it must own what it
+  // touches.
+  void run_on_writer(std::function<void(Writer&)> task, std::chrono::nanoseconds timeout,
+                     const char* what, WaitHooks& hooks);
 
  private:
   struct Task {

@@ -13,7 +13,8 @@
 namespace mld {
 namespace {
 
-// Each open environment takes two descriptors and a map; epochs beyond these are reopened when their turn comes.
+// Each open environment takes two descriptors and a map; epochs beyond these are reopened when
+// their turn comes.
 constexpr std::size_t kMaxOpenPartitions = 8;
 constexpr std::uint64_t kGroupBytes = std::uint64_t{32} << 20;
 constexpr auto kSyncInterval = std::chrono::seconds(60);
@@ -22,12 +23,18 @@ std::string status_json(std::uint32_t attempt, const Counters& counters) {
   const auto field = [](const char* name, std::uint64_t value) {
     return ", \"" + std::string(name) + "\": " + std::to_string(value);
   };
-  return "{\"attempt\": " + std::to_string(attempt) + field("rows_submitted", counters.rows_submitted) +
-         field("rows_committed", counters.rows_committed) + field("rows_discarded", counters.rows_discarded) +
-         field("rows_failed", counters.rows_failed) + field("rows_in_flight", counters.rows_in_flight) +
-         field("bytes_submitted", counters.bytes_submitted) + field("bytes_committed", counters.bytes_committed) +
-         field("bytes_discarded", counters.bytes_discarded) + field("bytes_failed", counters.bytes_failed) +
-         field("bytes_in_flight", counters.bytes_in_flight) + field("commits", counters.commits) + "}";
+  return "{\"attempt\": " + std::to_string(attempt) +
+         field("rows_submitted", counters.rows_submitted) +
+         field("rows_committed", counters.rows_committed) +
+         field("rows_discarded", counters.rows_discarded) +
+         field("rows_failed", counters.rows_failed) +
+         field("rows_in_flight", counters.rows_in_flight) +
+         field("bytes_submitted", counters.bytes_submitted) +
+         field("bytes_committed", counters.bytes_committed) +
+         field("bytes_discarded", counters.bytes_discarded) +
+         field("bytes_failed", counters.bytes_failed) +
+         field("bytes_in_flight", counters.bytes_in_flight) + field("commits", counters.commits) +
+         "}";
 }
 
 }  // namespace
@@ -61,7 +68,8 @@ void Writer::detach(std::uint32_t recorder_id) {
     try {
       partition->seal();
     } catch (const StoreError& error) {
-      if (!first_error && !track.recorder->is_failed()) first_error = error;  // a failure was told already
+      if (!first_error && !track.recorder->is_failed())
+        first_error = error;  // a failure was told already
     }
     partition->close_environment();
   }
@@ -100,7 +108,8 @@ bool Writer::read_group(std::uint64_t group_bytes) {
 
 void Writer::take(const PendingRecord& record) {
   const auto found = tracks_.find(record.header->recorder);
-  if (found == tracks_.end()) return;  // its recorder is closed: it came from a call that raced with close()
+  if (found == tracks_.end())
+    return;  // its recorder is closed: it came from a call that raced with close()
   Track& track = found->second;
   if (track.recorder->is_failed()) {
     if (record.header->kind == RecordKind::kCall) {
@@ -117,7 +126,8 @@ void Writer::collect_losses() {
     track.recorder->take_losses(ring_.read_position(), &loss_scratch_);
     for (const LossNote& note : loss_scratch_) {
       Partition& partition = partition_of(track, note.epoch);
-      for (std::uint64_t call = note.gap.first_call; call <= note.gap.last_call; ++call) partition.forget_call(call);
+      for (std::uint64_t call = note.gap.first_call; call <= note.gap.last_call; ++call)
+        partition.forget_call(call);
       if (note.gap.rows != 0 && !track.recorder->is_failed()) partition.add_gap(note.gap);
     }
   }
@@ -133,11 +143,13 @@ bool Writer::commit_due(Clock::time_point now) {
   for (auto& [id, track] : tracks_) {
     for (auto& [epoch, partition] : track.partitions) {
       if (!partition->has_pending() || partition->retry_at() > now) continue;
-      due.push_back({partition->oldest_position().value_or(ring_.read_position()), &track, partition.get()});
+      due.push_back(
+          {partition->oldest_position().value_or(ring_.read_position()), &track, partition.get()});
     }
   }
   // Oldest first, so that the tail can follow soonest.
-  std::sort(due.begin(), due.end(), [](const Due& a, const Due& b) { return a.position < b.position; });
+  std::sort(due.begin(), due.end(),
+            [](const Due& a, const Due& b) { return a.position < b.position; });
   for (const Due& item : due) commit(*item.track, *item.partition, now);
   return !due.empty();
 }
@@ -153,10 +165,12 @@ void Writer::commit(Track& track, Partition& partition, Clock::time_point now) {
   track.recorder->store().add_disk_bytes(result.grown_bytes);
   ledger.commit(result.committed.rows, result.committed.bytes);
   if (result.dropped.rows != 0) ledger.drop(result.dropped.rows, result.dropped.bytes);
-  ledger.add_commit(result.written_bytes, static_cast<std::uint64_t>((Clock::now() - begin).count()));
+  ledger.add_commit(result.written_bytes,
+                    static_cast<std::uint64_t>((Clock::now() - begin).count()));
 }
 
-// One partition's storage is beyond hope, so its attempt cannot be complete: the attempt ends here, counted.
+// One partition's storage is beyond hope, so its attempt cannot be complete: the attempt ends here,
+// counted.
 void Writer::fail_track(Track& track, const StoreError& error) {
   for (const auto& [epoch, partition] : track.partitions) {
     const Tally tally = partition->discard_pending();
@@ -184,9 +198,9 @@ Partition& Writer::partition_of(Track& track, std::int64_t epoch) {
   if (partition == nullptr) {
     const Recorder& recorder = *track.recorder;
     const StoreOptions& store = recorder.store().options();
-    partition = std::make_unique<Partition>(
-        PartitionOptions{recorder.store().partition_directory(epoch), store.rank, recorder.options().attempt, epoch,
-                         store.sync, store.segment_bytes, recorder.options().stall_timeout});
+    partition = std::make_unique<Partition>(PartitionOptions{
+        recorder.store().partition_directory(epoch), store.rank, recorder.options().attempt, epoch,
+        store.sync, store.segment_bytes, recorder.options().stall_timeout});
   }
   return *partition;
 }
@@ -223,7 +237,8 @@ std::optional<Clock::time_point> Writer::next_retry() const {
   return earliest;
 }
 
-DroppedRows Writer::drop_epoch(StoreState& store, std::int64_t epoch, std::optional<std::uint32_t> attempt) {
+DroppedRows Writer::drop_epoch(StoreState& store, std::int64_t epoch,
+                               std::optional<std::uint32_t> attempt) {
   drain_all();
   for_each_of(store, [&](Track& track) {
     const auto found = track.partitions.find(epoch);
@@ -239,7 +254,8 @@ Writer::Partitions::iterator Writer::drop_partition(Track& track, Partitions::it
   Partition& partition = *it->second;
   const Tally tally = partition.drop();
   if (tally.rows != 0) track.recorder->mutable_ledger().drop(tally.rows, tally.bytes);
-  if (!partition.is_blank()) return std::next(it);  // calls that are open now lost chunks: it must remember them
+  if (!partition.is_blank())
+    return std::next(it);  // calls that are open now lost chunks: it must remember them
   open_.erase(std::remove(open_.begin(), open_.end(), &partition), open_.end());
   return track.partitions.erase(it);
 }
@@ -247,15 +263,18 @@ Writer::Partitions::iterator Writer::drop_partition(Track& track, Partitions::it
 void Writer::drop_all_epochs(StoreState& store) {
   drain_all();
   for_each_of(store, [&](Track& track) {
-    for (auto it = track.partitions.begin(); it != track.partitions.end();) it = drop_partition(track, it);
+    for (auto it = track.partitions.begin(); it != track.partitions.end();)
+      it = drop_partition(track, it);
   });
   release_committed();
   store.drop_all();
 }
 
-bool Writer::read_piece(std::uint32_t recorder_id, std::int64_t epoch, std::uint64_t call, std::uint32_t capture,
-                        std::size_t piece, const CapturePiece& where, void* out) {
-  if (where.position >= ring_.tail()) {  // only this thread releases, so it stays there while we copy
+bool Writer::read_piece(std::uint32_t recorder_id, std::int64_t epoch, std::uint64_t call,
+                        std::uint32_t capture, std::size_t piece, const CapturePiece& where,
+                        void* out) {
+  if (where.position >=
+      ring_.tail()) {  // only this thread releases, so it stays there while we copy
     std::memcpy(out, ring_.at(where.position) + sizeof(RecordHeader), where.bytes);
     return true;
   }
@@ -275,11 +294,14 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept {
     if (!attempts.empty()) attempts += ", ";
     attempts += status_json(track.recorder->options().attempt, track.recorder->ledger().snapshot());
   });
-  std::string text = "{\"format_version\": " + std::to_string(kFormatVersion) + ", \"pid\": " + std::to_string(getpid()) +
-                     ", \"recording\": " + (recording ? "true" : "false") + ", \"attempts\": [" + attempts + "]";
+  std::string text = "{\"format_version\": " + std::to_string(kFormatVersion) +
+                     ", \"pid\": " + std::to_string(getpid()) +
+                     ", \"recording\": " + (recording ? "true" : "false") + ", \"attempts\": [" +
+                     attempts + "]";
   text += ", \"crc32c\": " + std::to_string(crc32c(text.data(), text.size())) + "}";
-  // Written in place and padded: one small write into the page cache, where a rename would cost the journal each time.
-  // A reader that meets a half-written one sees it by the checksum and reads again.
+  // Written in place and padded: one small write into the page cache, where a rename would cost the
+  // journal each time. A reader that meets a half-written one sees it by the checksum and reads
+  // again.
   text.resize((text.size() + 4096) / 4096 * 4096, ' ');
   text.back() = '\n';
   const std::string path = store.directory() + "/" + kStatusFile;
@@ -293,7 +315,8 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept {
 void Writer::write_changed_status() noexcept {
   for (auto& [id, track] : tracks_) {
     const Counters counters = track.recorder->ledger().snapshot();
-    const std::uint64_t rows = counters.rows_submitted + counters.rows_committed + counters.rows_discarded + counters.rows_failed;
+    const std::uint64_t rows = counters.rows_submitted + counters.rows_committed +
+                               counters.rows_discarded + counters.rows_failed;
     if (rows == track.rows_in_status) continue;
     track.rows_in_status = rows;
     write_status(track.recorder->store(), true);

@@ -1,8 +1,8 @@
-// The ring's consumer: drain, group, commit, release. Plain functions without a thread of their own, so that a test can
-// step them; Runtime calls them from its thread.
+// The ring's consumer: drain, group, commit, release. Plain functions without a thread of their
+// own, so that a test can step them; Runtime calls them from its thread.
 //
-// INVARIANT: the ring's tail never passes a record that is pending in a partition. It moves over the contiguous prefix
-// whose records are committed or counted as lost.
+// INVARIANT: the ring's tail never passes a record that is pending in a partition. It moves over
+// the contiguous prefix whose records are committed or counted as lost.
 #pragma once
 
 #include <cstdint>
@@ -24,24 +24,28 @@ class Writer {
   explicit Writer(Ring& ring) : ring_(ring) {}
 
   void attach(std::shared_ptr<Recorder> recorder);
-  // Commits what there is, seals the recorder's segments and forgets it. Throws StoreError if sealing failed.
+  // Commits what there is, seals the recorder's segments and forgets it. Throws StoreError if
+  // sealing failed.
   void detach(std::uint32_t recorder_id);
   [[nodiscard]] bool has_recorders() const noexcept { return !tracks_.empty(); }
 
-  // Reads up to `group_bytes` from the ring and commits what is due. False when there was nothing to do.
+  // Reads up to `group_bytes` from the ring and commits what is due. False when there was nothing
+  // to do.
   bool drain_group(Clock::time_point now, std::uint64_t group_bytes);
-  // Until all that is published now is read, and every partition is committed or waits for its disk.
+  // Until all that is published now is read, and every partition is committed or waits for its
+  // disk.
   void drain_all();
   // Periodic work: durability="process" is synced every minute.
   void maintain(Clock::time_point now);
   // When a partition wants to be tried again; nullopt when none waits.
   [[nodiscard]] std::optional<Clock::time_point> next_retry() const;
 
-  DroppedRows drop_epoch(StoreState& store, std::int64_t epoch, std::optional<std::uint32_t> attempt);
+  DroppedRows drop_epoch(StoreState& store, std::int64_t epoch,
+                         std::optional<std::uint32_t> attempt);
   void drop_all_epochs(StoreState& store);
   // Copies one piece of a capture, from the ring or from its segment; false if it is gone.
-  bool read_piece(std::uint32_t recorder_id, std::int64_t epoch, std::uint64_t call, std::uint32_t capture,
-                  std::size_t piece, const CapturePiece& where, void* out);
+  bool read_piece(std::uint32_t recorder_id, std::int64_t epoch, std::uint64_t call,
+                  std::uint32_t capture, std::size_t piece, const CapturePiece& where, void* out);
   // The store's status file; never throws, since it only informs.
   void write_status(const StoreState& store, bool recording) noexcept;
   // The same for every store whose counters have moved since.
@@ -53,7 +57,7 @@ class Writer {
   struct Track {
     std::shared_ptr<Recorder> recorder;
     Partitions partitions;
-    std::uint64_t rows_in_status = 0;                               // moved since, if it differs
+    std::uint64_t rows_in_status = 0;  // moved since, if it differs
   };
 
   bool read_group(std::uint64_t group_bytes);
@@ -70,8 +74,8 @@ class Writer {
   void for_each_of(const StoreState& store, Visit visit);
 
   Ring& ring_;
-  std::map<std::uint32_t, Track> tracks_;   // by recorder id
-  std::vector<Partition*> open_;            // with open environments, least recently used first
+  std::map<std::uint32_t, Track> tracks_;  // by recorder id
+  std::vector<Partition*> open_;           // with open environments, least recently used first
   std::vector<LossNote> loss_scratch_;
   Clock::time_point last_sync_ = Clock::now();
 };

@@ -104,6 +104,9 @@ class Recorder:
         Raises StorageError (failed for good), TraceStallError (deadline or no progress).
         """
 
+    def raise_failure(self) -> None:
+        """Raise the StorageError for which the writer has given up; nothing if it has not."""
+
     def counters(self) -> dict[str, Any]:
         """The fields of TracerStats, by name."""
 

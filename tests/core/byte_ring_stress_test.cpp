@@ -1,6 +1,6 @@
-// Many producers and one consumer: nothing is lost, doubled, reordered within a producer, or torn, whatever is
-// abandoned and however late the consumer gives back. And proof that this harness sees a broken protocol: see
-// broken_ring.cpp.
+// Many producers and one consumer: nothing is lost, doubled, reordered within a producer, or torn,
+// whatever is abandoned and however late the consumer gives back. And proof that this harness sees
+// a broken protocol: see broken_ring.cpp.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -44,7 +44,8 @@ void produce(Ring& ring, const Load& load, std::uint32_t producer, std::uint64_t
   while (sequence < load.slots_each) {
     Message message{producer, 0, sequence, random.below(load.largest_payload + 1)};
     typename Ring::Slot slot;
-    while (!ring.try_reserve(sizeof message + message.payload_bytes, &slot)) std::this_thread::yield();
+    while (!ring.try_reserve(sizeof message + message.payload_bytes, &slot))
+      std::this_thread::yield();
     std::byte* payload = slot.data + sizeof message;
     std::memset(payload, static_cast<int>(random.next() & 0xFF), message.payload_bytes);
     if (message.payload_bytes > 0) payload[random.below(message.payload_bytes)] = std::byte{0x5A};
@@ -60,7 +61,8 @@ void produce(Ring& ring, const Load& load, std::uint32_t producer, std::uint64_t
   }
 }
 
-// Reads all; checks the bytes when the slot is given back, which is late: up to half of the ring is kept.
+// Reads all; checks the bytes when the slot is given back, which is late: up to half of the ring is
+// kept.
 template <class Ring>
 void consume(Ring& ring, const Load& load, std::uint64_t* abandoned) {
   Random random(load.seed);
@@ -126,14 +128,17 @@ TEST(ring_that_is_nearly_always_full_keeps_the_law) {
   run_with_threads<std::uint32_t>({3, kSlots / 2, 8, 1500, 2});
 }
 
-TEST(ring_of_odd_capacity_keeps_the_law) { run_with_threads<std::uint64_t>({4, kSlots / 4, 97, 6000, 3}); }
+TEST(ring_of_odd_capacity_keeps_the_law) {
+  run_with_threads<std::uint64_t>({4, kSlots / 4, 97, 6000, 3});
+}
 
 // 2^16 granules go by hundreds of times while threads compete for them.
 TEST(ring_with_threads_wraps_its_uint16_index) {
   run_with_threads<std::uint16_t>({2, kSlots / 2, 256, 3000, 4});
 }
 
-// A consumer that releases a slot before it has read the bytes: on one thread, so that the outcome is certain.
+// A consumer that releases a slot before it has read the bytes: on one thread, so that the outcome
+// is certain.
 TEST(releasing_before_reading_would_be_noticed) {
   std::vector<std::byte> memory(4 * MpscByteRing<>::kGranuleBytes);
   MpscByteRing<> ring(memory.data(), 4);
@@ -165,8 +170,9 @@ int quietly(int (*body)(int)) {
 
 }  // namespace
 
-// The control of this file: with the releases taken away ThreadSanitizer must complain, and with them in place, run in
-// just the same way, it must not. x86 keeps stores in order by itself, so without the sanitizer nothing can be seen.
+// The control of this file: with the releases taken away ThreadSanitizer must complain, and with
+// them in place, run in just the same way, it must not. x86 keeps stores in order by itself, so
+// without the sanitizer nothing can be seen.
 TEST(sanitizer_sees_a_ring_that_publishes_relaxed) {
   if (!kUnderTsan) return;
   constexpr int kRaceFound = 66;  // ThreadSanitizer's exit status

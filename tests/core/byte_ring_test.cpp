@@ -1,5 +1,5 @@
-// The ring stepped on one thread: every move of head, tail and marks, in order. The same law with threads stands in
-// byte_ring_stress_test.cpp.
+// The ring stepped on one thread: every move of head, tail and marks, in order. The same law with
+// threads stands in byte_ring_stress_test.cpp.
 #include "ring/byte_ring.h"
 
 #include <cstring>
@@ -24,7 +24,8 @@ struct Fixture {
   using Ring = MpscByteRing<Index>;
   using Slot = typename Ring::Slot;
 
-  explicit Fixture(std::size_t granules) : memory(granules * kGranule), ring(memory.data(), granules) {}
+  explicit Fixture(std::size_t granules)
+      : memory(granules * kGranule), ring(memory.data(), granules) {}
 
   // Takes a slot and fills all of it.
   Slot reserve(std::size_t bytes, std::uint64_t seed) {
@@ -153,7 +154,8 @@ TEST(ring_takes_its_largest_slot_at_every_head_offset) {
 }
 
 TEST(ring_keeps_a_released_region_free_of_marks) {
-  // INVARIANT 1 seen from outside: in a ring that was used at every offset, a reserved and unpublished slot hides all.
+  // INVARIANT 1 seen from outside: in a ring that was used at every offset, a reserved and
+  // unpublished slot hides all.
   Fixture<std::uint64_t> f(16);
   Random random(3);
   for (int round = 0; round < 2000; ++round) {
@@ -203,7 +205,8 @@ TEST(reservation_abandons_what_is_not_published) {
 
 namespace {
 
-// A model beside the ring: what was published and not yet read, and what was read and not yet released.
+// A model beside the ring: what was published and not yet read, and what was read and not yet
+// released.
 template <class Index>
 void check_against_a_model(std::size_t capacity, std::uint64_t seed, int steps) {
   struct Known {
@@ -245,7 +248,8 @@ void check_against_a_model(std::size_t capacity, std::uint64_t seed, int steps) 
       }
       default:
         if (kept.empty()) break;
-        CHECK(f.holds(kept.front().slot, kept.front().bytes, kept.front().seed));  // nobody wrote over it
+        CHECK(f.holds(kept.front().slot, kept.front().bytes,
+                      kept.front().seed));  // nobody wrote over it
         f.ring.release(kept.front().slot.end());
         kept.pop_front();
     }
@@ -259,11 +263,13 @@ void check_against_a_model(std::size_t capacity, std::uint64_t seed, int steps) 
 }  // namespace
 
 TEST(ring_wraps_its_uint8_index) {
-  for (const std::size_t capacity : {8, 32, 128}) check_against_a_model<std::uint8_t>(capacity, capacity, 20000);
+  for (const std::size_t capacity : {8, 32, 128})
+    check_against_a_model<std::uint8_t>(capacity, capacity, 20000);
 }
 
 TEST(ring_wraps_its_uint16_index) { check_against_a_model<std::uint16_t>(1024, 5, 20000); }
 
 TEST(ring_of_any_capacity_agrees_with_a_model) {
-  for (const std::size_t capacity : {2, 5, 31, 100}) check_against_a_model<std::uint64_t>(capacity, capacity, 5000);
+  for (const std::size_t capacity : {2, 5, 31, 100})
+    check_against_a_model<std::uint64_t>(capacity, capacity, 5000);
 }

@@ -31,9 +31,9 @@ TEST(crc32c_of_the_published_vectors) {
   check_vector(rising, 0x46DD794E);
   check_vector(falling, 0x113FDB5C);
   check_vector("123456789", 0xE3069283);
-  const unsigned char scsi_read[48] = {0x01, 0xC0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+  const unsigned char scsi_read[48] = {0x01, 0xC0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,    0, 0, 0, 0,
                                        0x14, 0,    0, 0, 0, 0, 4, 0, 0, 0, 0, 0x14, 0, 0, 0, 0x18,
-                                       0x28, 0,    0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0};
+                                       0x28, 0,    0, 0, 0, 0, 0, 0, 2, 0, 0, 0,    0, 0, 0, 0};
   check_vector(std::string(reinterpret_cast<const char*>(scsi_read), sizeof scsi_read), 0xD9963A56);
 }
 
@@ -44,7 +44,8 @@ TEST(crc32c_of_hardware_equals_the_portable_one_at_every_alignment) {
     const std::size_t offset = random.below(64);
     const std::size_t bytes = random.below(round % 50 == 0 ? 65536 : 300);
     const auto begin = static_cast<std::uint32_t>(random.next());
-    CHECK_EQ(crc32c(data.data() + offset, bytes, begin), crc32c_portable(data.data() + offset, bytes, begin));
+    CHECK_EQ(crc32c(data.data() + offset, bytes, begin),
+             crc32c_portable(data.data() + offset, bytes, begin));
   }
 }
 
@@ -53,7 +54,9 @@ TEST(crc32c_goes_on_from_where_it_stopped) {
   const std::uint32_t whole = crc32c(data.data(), data.size());
   for (std::size_t split = 0; split <= data.size(); split += 37) {
     CHECK_EQ(crc32c(data.data() + split, data.size() - split, crc32c(data.data(), split)), whole);
-    CHECK_EQ(crc32c_portable(data.data() + split, data.size() - split, crc32c_portable(data.data(), split)), whole);
+    CHECK_EQ(crc32c_portable(data.data() + split, data.size() - split,
+                             crc32c_portable(data.data(), split)),
+             whole);
   }
 }
 

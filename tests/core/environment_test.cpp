@@ -48,7 +48,8 @@ TEST(environment_is_one_a_process_even_by_a_symlink) {
     CHECK(Environment::open(directory / "link", access, Sync::kEveryCommit, 0) == first);
   }
   mld::rename_path(directory / "env", directory / "moved");  // as a drop does
-  CHECK(Environment::open(directory / "moved", Access::kReadSealed, Sync::kEveryCommit, 0) == first);
+  CHECK(Environment::open(directory / "moved", Access::kReadSealed, Sync::kEveryCommit, 0) ==
+        first);
 }
 
 TEST(environment_gives_its_descriptors_back) {
@@ -87,8 +88,8 @@ TEST(environment_that_is_gone_or_garbage_is_an_error_and_leaves_nothing) {
   CHECK(mld::process().environments.empty());
 }
 
-// The last owner may be closing the very environment that somebody opens: there must be one handle at any time, since
-// closing one of two would drop the locks of both.
+// The last owner may be closing the very environment that somebody opens: there must be one handle
+// at any time, since closing one of two would drop the locks of both.
 TEST(environment_is_opened_and_closed_from_many_threads) {
   const TempDir directory;
   create(directory / "env").reset();
@@ -97,7 +98,8 @@ TEST(environment_is_opened_and_closed_from_many_threads) {
   for (int thread = 0; thread < 4; ++thread) {
     threads.emplace_back([&] {
       for (int round = 0; round < 300; ++round) {
-        const auto environment = Environment::open(directory / "env", Access::kWrite, Sync::kOnRequest, 0);
+        const auto environment =
+            Environment::open(directory / "env", Access::kWrite, Sync::kOnRequest, 0);
         const mld::Transaction transaction(*environment, true);
         ++alive;
       }
@@ -128,7 +130,7 @@ TEST(environment_of_a_parent_is_inert_in_a_child) {
 TEST(environment_takes_the_blocks_of_its_lock_file_when_it_is_made) {
   const TempDir directory;
   const auto environment = create(directory / "env");
-  struct stat status {};
+  struct stat status{};
   CHECK_EQ(stat((directory / "env/lock.mdb").c_str(), &status), 0);
   CHECK(status.st_blocks * 512 >= status.st_size);
   CHECK(status.st_size >= 510 * 64);

@@ -1,4 +1,5 @@
-// A fork in the middle of recording: the child's copies are inert, its own objects work, the parent goes on.
+// A fork in the middle of recording: the child's copies are inert, its own objects work, the parent
+// goes on.
 #include <unistd.h>
 
 #include <atomic>
@@ -29,7 +30,8 @@ TEST(child_of_a_recording_process_is_inert) {
   const int status = in_child([&] {
     if (!trace->recorder->is_inert()) return 1;
     if (!support::close(*trace->recorder)) return 2;  // at once, with nothing to wait for
-    if (kind_of([&] { support::read_back(*trace->recorder, 0); }) != mld::ErrorKind::kNotFound) return 3;
+    if (kind_of([&] { support::read_back(*trace->recorder, 0); }) != mld::ErrorKind::kNotFound)
+      return 3;
     trace->recorder.reset();
     trace->use.release();
     if (support::core_threads() != 0) return 4;
@@ -42,7 +44,8 @@ TEST(child_of_a_recording_process_is_inert) {
   support::flush(*trace->recorder);
   const auto stored = support::read_partition(trace->directory / "epoch-0");
   CHECK_EQ(stored.calls.size(), 3);
-  for (std::uint64_t call = 0; call < 3; ++call) CHECK(stored.calls.at({0, call}).captures.at(0) == pattern(call + 1, 50000));
+  for (std::uint64_t call = 0; call < 3; ++call)
+    CHECK(stored.calls.at({0, call}).captures.at(0) == pattern(call + 1, 50000));
 }
 
 TEST(child_may_record_a_trace_of_its_own) {
@@ -51,14 +54,16 @@ TEST(child_may_record_a_trace_of_its_own) {
   Trace parent;
   std::atomic<bool> stop{false};
   std::thread busy([&] {
-    for (std::uint64_t call = 0; !stop; ++call) support::record_call(*parent.recorder, 0, 1, {pattern(call, 3000)});
+    for (std::uint64_t call = 0; !stop; ++call)
+      support::record_call(*parent.recorder, 0, 1, {pattern(call, 3000)});
   });
   for (int round = 0; round < 10; ++round) {
     const support::TempDir directory;
     const int status = in_child([&] {
       mld::StoreUse use(directory.path(), Trace::unsynced());
       const auto recorder = mld::Recorder::open(use, Trace::eager());
-      for (std::uint64_t call = 0; call < 20; ++call) support::record_call(*recorder, 0, 1, {pattern(call, 3000)});
+      for (std::uint64_t call = 0; call < 20; ++call)
+        support::record_call(*recorder, 0, 1, {pattern(call, 3000)});
       support::flush(*recorder, 10s);
       return support::close(*recorder, 10s) && support::core_threads() == 0 ? 0 : 1;
     });
@@ -70,7 +75,8 @@ TEST(child_may_record_a_trace_of_its_own) {
   support::flush(*parent.recorder);
   const auto stored = support::read_partition(parent.directory / "epoch-0");
   CHECK_EQ(stored.calls.size(), parent.counters().rows_committed);
-  for (const auto& [key, call] : stored.calls) CHECK(call.captures.at(0) == pattern(key.second, 3000));
+  for (const auto& [key, call] : stored.calls)
+    CHECK(call.captures.at(0) == pattern(key.second, 3000));
 }
 
 // Its parent writes on; the child reads what is committed, with a handle of its own.
@@ -80,7 +86,9 @@ TEST(child_reads_the_trace_that_its_parent_writes) {
   support::flush(*trace.recorder);
   const int status = in_child([&] {
     const auto stored = support::read_partition(trace.directory / "epoch-0");
-    return stored.calls.size() == 1 && stored.calls.at({0, 0}).captures.at(0) == pattern(1, 50000) ? 0 : 1;
+    return stored.calls.size() == 1 && stored.calls.at({0, 0}).captures.at(0) == pattern(1, 50000)
+               ? 0
+               : 1;
   });
   CHECK_EQ(status, 0);
   support::record_call(*trace.recorder, 0, 1, {pattern(2, 50000)});

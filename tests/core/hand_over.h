@@ -1,4 +1,5 @@
-// One producer and one consumer over a ring type: the consumer reads what was published. Returns 0 if it was right.
+// One producer and one consumer over a ring type: the consumer reads what was published. Returns 0
+// if it was right.
 #pragma once
 
 #include <cstddef>

@@ -43,7 +43,8 @@ TEST(ledger_obeys_its_law_at_every_moment_under_threads) {
   std::atomic<int> looks{0};
   std::thread watcher([&] {
     do {
-      if (!support::is_conserved(ledger.snapshot())) check::fail(__FILE__, __LINE__, "the law was broken");
+      if (!support::is_conserved(ledger.snapshot()))
+        check::fail(__FILE__, __LINE__, "the law was broken");
       ++looks;
     } while (!stop);
   });

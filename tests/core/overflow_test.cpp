@@ -1,4 +1,5 @@
-// A full ring, under each policy. The ring is kept full by a gate in front of the writer's commit, never by a sleep.
+// A full ring, under each policy. The ring is kept full by a gate in front of the writer's commit,
+// never by a sleep.
 #include <atomic>
 #include <memory>
 #include <string>
@@ -96,7 +97,8 @@ TEST(discard_loses_whole_calls_and_marks_the_gap) {
   CHECK(support::is_conserved(counters));
 }
 
-// All that is in the ring is settled already when the call is lost: the flush behind it must write the gap none the less.
+// All that is in the ring is settled already when the call is lost: the flush behind it must write
+// the gap none the less.
 TEST(flush_makes_a_gap_visible_also_when_nothing_else_is_pending) {
   mld::RecorderOptions options = with(OverflowPolicy::kDiscard);
   options.commit_interval = 3600s;
@@ -104,7 +106,8 @@ TEST(flush_makes_a_gap_visible_also_when_nothing_else_is_pending) {
   const std::uint64_t taken = trace.fill();
   trace.gate->open();
   support::flush(*trace.recorder);
-  // A capture larger than the ring cannot pass under discard; its pieces are given back before it is lost.
+  // A capture larger than the ring cannot pass under discard; its pieces are given back before it
+  // is lost.
   trace.gate = std::make_unique<Gate>(trace.directory / "epoch-0");
   trace.recorder->begin_call(0, 3);
   support::capture(*trace.recorder, 0, pattern(1, 200000));
@@ -228,7 +231,8 @@ TEST(flush_without_a_deadline_gives_up_when_nothing_moves) {
   support::flush(*trace.recorder, 20s);
 }
 
-// A writer thread that sits in the kernel is left behind: close() returns in time, and what it uses stays alive.
+// A writer thread that sits in the kernel is left behind: close() returns in time, and what it uses
+// stays alive.
 TEST(close_that_misses_its_deadline_leaves_the_core_behind) {
   const int status = support::in_child([] {
     auto trace = std::make_unique<GatedTrace>(with(OverflowPolicy::kBlock));
@@ -239,7 +243,8 @@ TEST(close_that_misses_its_deadline_leaves_the_core_behind) {
     const mld::Counters counters = trace->counters();
     if (!support::is_conserved(counters) || counters.rows_in_flight != 2) return 3;
     if (!support::close(*trace->recorder, 200ms)) return 4;  // idempotent
-    trace->gate->open();  // the disk comes back: the thread goes on in memory that must still be there
+    trace->gate
+        ->open();  // the disk comes back: the thread goes on in memory that must still be there
     trace->use.release();
     return support::eventually([&] { return trace->counters().rows_committed == 3; }) ? 0 : 5;
   });
@@ -266,7 +271,8 @@ TEST(failed_storage_with_warn_counts_and_lets_the_training_go_on) {
   CHECK(support::eventually([&] { return trace.recorder->is_failed(); }));
   for (int call = 0; call < 3; ++call) {
     trace.recorder->begin_call(0, 2);
-    support::capture(*trace.recorder, 0, pattern(1, 300000));  // more than the ring: it must not wait for anything
+    support::capture(*trace.recorder, 0,
+                     pattern(1, 300000));  // more than the ring: it must not wait for anything
     CHECK(!support::end_call(*trace.recorder, 2));
   }
   CHECK_EQ(trace.counters().rows_failed, 10);
@@ -287,9 +293,11 @@ TEST(producer_that_waits_learns_that_its_storage_has_failed) {
           }) == ErrorKind::kStorage);
     trace.recorder->abort_call();
   });
-  CHECK(support::eventually([&] { return trace.counters().stalls > 0 || trace.recorder->is_failed(); }));
+  CHECK(support::eventually(
+      [&] { return trace.counters().stalls > 0 || trace.recorder->is_failed(); }));
   trace.gate->open();
   producer.join();
   CHECK(support::is_conserved(trace.counters()));
-  CHECK(support::eventually([&] { return trace.counters().rows_in_flight == 0; }));  // read and counted as failed
+  CHECK(support::eventually(
+      [&] { return trace.counters().rows_in_flight == 0; }));  // read and counted as failed
 }

@@ -1,4 +1,5 @@
-// A partition whose storage refuses: what waits, what moves on to a successor, what gives up; and never a row twice.
+// A partition whose storage refuses: what waits, what moves on to a successor, what gives up; and
+// never a row twice.
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -22,7 +23,8 @@ using support::pattern;
 using support::SmallDisk;
 using support::TempDir;
 
-mld::PartitionOptions options_at(const std::string& directory, mld::Sync sync = mld::Sync::kEveryCommit) {
+mld::PartitionOptions options_at(const std::string& directory,
+                                 mld::Sync sync = mld::Sync::kEveryCommit) {
   return {directory, 0, 0, 0, sync, std::size_t{64} << 20, 10s};
 }
 
@@ -38,7 +40,8 @@ void check_calls(const std::string& directory, std::uint64_t calls, std::size_t 
   CHECK_EQ(stored.calls.size(), calls);
   CHECK_EQ(stored.headers, calls);  // each exactly once
   CHECK_EQ(stored.meta_rows, calls);
-  for (const auto& [key, call] : stored.calls) CHECK(call.captures.at(0) == pattern(key.second, bytes));
+  for (const auto& [key, call] : stored.calls)
+    CHECK(call.captures.at(0) == pattern(key.second, bytes));
 }
 
 class FileSizeLimit {
@@ -124,7 +127,8 @@ TEST(disk_that_is_full_from_the_start_is_waited_for) {
   disk.fill();
   const auto begin = mld::Clock::now();
   add_call(bench, partition, 0, 5000);
-  for (int tries = 0; tries < 5; ++tries) CHECK(partition.commit(begin).outcome == CommitOutcome::kRetryLater);
+  for (int tries = 0; tries < 5; ++tries)
+    CHECK(partition.commit(begin).outcome == CommitOutcome::kRetryLater);
   CHECK(mld::list_directory(disk / "epoch-0").empty());  // half a segment does not stay
   disk.empty();
   CHECK(partition.commit(begin).outcome == CommitOutcome::kCommitted);
@@ -157,7 +161,8 @@ TEST(lack_of_descriptors_is_waited_for) {
   const auto begin = mld::Clock::now();
   {
     const DescriptorLimit limit;
-    for (int tries = 0; tries < 3; ++tries) CHECK(partition.commit(begin).outcome == CommitOutcome::kRetryLater);
+    for (int tries = 0; tries < 3; ++tries)
+      CHECK(partition.commit(begin).outcome == CommitOutcome::kRetryLater);
   }
   CHECK(partition.commit(begin).outcome == CommitOutcome::kCommitted);
   check_calls(directory / "epoch-0", 1, 5000);
@@ -193,7 +198,8 @@ TEST(file_size_limit_moves_small_batches_to_successors_without_loss) {
   const auto stored = support::read_partition(directory / "epoch-0");
   CHECK(stored.segments > 1);
   CHECK_EQ(stored.calls.size(), 12);
-  for (const auto& [key, call] : stored.calls) CHECK(call.captures.at(0) == pattern(key.second, 100000));
+  for (const auto& [key, call] : stored.calls)
+    CHECK(call.captures.at(0) == pattern(key.second, 100000));
 }
 
 TEST(directory_that_may_not_be_written_is_permanent) {

@@ -1,4 +1,5 @@
-// One partition, stepped by hand: what a commit puts where, and what an outsider finds on disk afterwards.
+// One partition, stepped by hand: what a commit puts where, and what an outsider finds on disk
+// afterwards.
 #include "store/partition.h"
 
 #include <string>
@@ -14,14 +15,17 @@ using support::Bench;
 using support::pattern;
 using support::TempDir;
 
-mld::PartitionOptions options_in(const TempDir& directory, std::size_t map_bytes = std::size_t{64} << 20) {
-  return {directory / "epoch-3", 1, 2, 3, mld::Sync::kOnRequest, map_bytes, std::chrono::seconds(300)};
+mld::PartitionOptions options_in(const TempDir& directory,
+                                 std::size_t map_bytes = std::size_t{64} << 20) {
+  return {directory / "epoch-3",    1, 2, 3, mld::Sync::kOnRequest, map_bytes,
+          std::chrono::seconds(300)};
 }
 
 mld::CommitResult commit(mld::Partition& partition) { return partition.commit(mld::Clock::now()); }
 
 // Puts one call of `sizes.size()` captures into the partition.
-void add_call(Bench& bench, mld::Partition& partition, std::uint64_t call, const std::vector<std::size_t>& sizes) {
+void add_call(Bench& bench, mld::Partition& partition, std::uint64_t call,
+              const std::vector<std::size_t>& sizes) {
   std::uint64_t bytes = 0;
   for (std::uint32_t capture = 0; capture < sizes.size(); ++capture) {
     bench.chunk(1, 3, call, capture, pattern(call * 100 + capture, sizes[capture]));
@@ -32,7 +36,8 @@ void add_call(Bench& bench, mld::Partition& partition, std::uint64_t call, const
   partition.add(bench.take());
 }
 
-void check_call(const support::StoredPartition& stored, std::uint64_t call, const std::vector<std::size_t>& sizes) {
+void check_call(const support::StoredPartition& stored, std::uint64_t call,
+                const std::vector<std::size_t>& sizes) {
   const auto found = stored.calls.find({2, call});
   REQUIRE(found != stored.calls.end());
   CHECK_EQ(found->second.captures.size(), sizes.size());
@@ -86,14 +91,16 @@ TEST(partition_stores_small_pieces_inline_and_large_ones_as_chunks) {
   CHECK_EQ(chunks[1].segment, 0);
 }
 
-// A small piece whose call goes on in a later batch must not hold its ring slot: it becomes an ordinary chunk.
+// A small piece whose call goes on in a later batch must not hold its ring slot: it becomes an
+// ordinary chunk.
 TEST(partition_writes_leftovers_and_keeps_the_order_of_pieces) {
   const TempDir directory;
   Bench bench;
   mld::Partition partition(options_in(directory));
   std::string first_capture, second_capture;
   for (int piece = 0; piece < 6; ++piece) {
-    const std::string text = pattern(static_cast<std::uint64_t>(piece), piece % 2 == 0 ? 100 : 6000);
+    const std::string text =
+        pattern(static_cast<std::uint64_t>(piece), piece % 2 == 0 ? 100 : 6000);
     bench.chunk(1, 3, 0, 0, text);
     partition.add(bench.take());
     first_capture += text;
@@ -104,7 +111,8 @@ TEST(partition_writes_leftovers_and_keeps_the_order_of_pieces) {
     const mld::CommitResult result = commit(partition);
     CHECK_EQ(result.committed.rows, 0);
     CHECK(!partition.oldest_position().has_value());
-    CHECK(support::read_partition(directory / "epoch-3").calls.empty());  // invisible until its header
+    CHECK(support::read_partition(directory / "epoch-3")
+              .calls.empty());  // invisible until its header
   }
   bench.chunk(1, 3, 0, 1, "end");
   partition.add(bench.take());
@@ -173,7 +181,8 @@ TEST(partition_counts_its_totals_in_the_transaction_of_the_rows) {
 TEST(partition_merges_gaps_that_follow_one_another) {
   const TempDir directory;
   mld::Partition partition(options_in(directory));
-  for (std::uint64_t call = 10; call < 15; ++call) partition.add_gap({call, call, 8, 80, "ring_full"});
+  for (std::uint64_t call = 10; call < 15; ++call)
+    partition.add_gap({call, call, 8, 80, "ring_full"});
   partition.add_gap({15, 15, 8, 80, "stall"});
   partition.add_gap({20, 20, 8, 80, "stall"});
   CHECK(partition.has_pending());
@@ -231,7 +240,8 @@ TEST(partition_spreads_a_long_call_over_segments) {
   CHECK(stored.calls.at({2, 0}).captures.at(0) == whole);
 }
 
-// What waits behind a full disk may be more than a segment takes: the successor is made as large as it must be.
+// What waits behind a full disk may be more than a segment takes: the successor is made as large as
+// it must be.
 TEST(partition_takes_a_batch_that_is_larger_than_a_segment) {
   const TempDir directory;
   Bench bench(std::size_t{8} << 20);
@@ -279,7 +289,8 @@ TEST(partition_begins_a_segment_after_a_seal) {
   CHECK_EQ(stored.calls.size(), 2);
 }
 
-// A call that is open when its partition is dropped has lost chunks: its header must not make a torn call visible.
+// A call that is open when its partition is dropped has lost chunks: its header must not make a
+// torn call visible.
 TEST(partition_counts_a_call_that_was_open_at_a_drop_as_dropped) {
   const TempDir directory;
   Bench bench;
@@ -311,7 +322,8 @@ TEST(partition_counts_a_call_that_was_open_at_a_drop_as_dropped) {
   CHECK_EQ(stored.meta_rows, 4);
 }
 
-// An aborted call leaves nothing behind: neither a visible row, nor chunks that are still to come, nor memory.
+// An aborted call leaves nothing behind: neither a visible row, nor chunks that are still to come,
+// nor memory.
 TEST(partition_forgets_a_call_whose_pieces_are_pending) {
   const TempDir directory;
   Bench bench;

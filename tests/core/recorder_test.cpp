@@ -35,8 +35,9 @@ TEST(recorder_stores_every_size_of_capture) {
   Trace trace;
   const std::uint64_t piece = mld::Runtime::current()->max_piece_bytes();
   std::vector<std::string> captures;
-  for (const std::size_t bytes : {std::size_t{0}, std::size_t{1}, std::size_t{4096}, std::size_t{4097}, std::size_t{piece - 1},
-                                  std::size_t{piece}, std::size_t{piece + 1}, std::size_t{3 * piece + 5}}) {
+  for (const std::size_t bytes : {std::size_t{0}, std::size_t{1}, std::size_t{4096},
+                                  std::size_t{4097}, std::size_t{piece - 1}, std::size_t{piece},
+                                  std::size_t{piece + 1}, std::size_t{3 * piece + 5}}) {
     captures.push_back(pattern(bytes, bytes));
   }
   for (const std::int64_t epoch : {0, 7, -1}) {
@@ -114,11 +115,14 @@ TEST(recorder_reads_back_from_ring_chunk_and_header) {
   CHECK(support::end_call(*trace.recorder, 1));
   CHECK(support::read_back(*trace.recorder, 2) == small);
   support::flush(*trace.recorder);  // and the last one lies in the header
-  for (const auto& [capture, bytes] : {std::pair(0u, large), std::pair(1u, small), std::pair(2u, small), std::pair(3u, std::string())}) {
+  for (const auto& [capture, bytes] : {std::pair(0u, large), std::pair(1u, small),
+                                       std::pair(2u, small), std::pair(3u, std::string())}) {
     CHECK(support::read_back(*trace.recorder, capture) == bytes);
   }
   CHECK(kind_of([&] { support::read_back(*trace.recorder, 4); }) == ErrorKind::kNotFound);
-  std::thread([&] { CHECK(kind_of([&] { support::read_back(*trace.recorder, 0); }) == ErrorKind::kNotFound); }).join();
+  std::thread([&] {
+    CHECK(kind_of([&] { support::read_back(*trace.recorder, 0); }) == ErrorKind::kNotFound);
+  }).join();
   trace.drop(0);
   CHECK(kind_of([&] { support::read_back(*trace.recorder, 0); }) == ErrorKind::kNotFound);
 }
@@ -188,7 +192,8 @@ TEST(recorder_takes_calls_of_many_threads_and_keeps_its_law_at_every_moment) {
       for (std::uint64_t call = 0; call < kCalls; ++call) {
         const std::uint64_t seed = thread * kCalls + call;
         const std::string tag(reinterpret_cast<const char*>(&seed), sizeof seed);
-        support::record_call(*trace.recorder, static_cast<std::int64_t>(call % 3), 2, {tag, pattern(seed, 1 + seed % 9000)});
+        support::record_call(*trace.recorder, static_cast<std::int64_t>(call % 3), 2,
+                             {tag, pattern(seed, 1 + seed % 9000)});
       }
     });
   }
@@ -237,7 +242,8 @@ TEST(recorder_leaves_no_thread_and_no_descriptor_behind) {
   CHECK_EQ(support::core_threads(), 0);
   for (int round = 0; round < 5; ++round) {
     Trace trace;
-    for (std::int64_t epoch = 0; epoch < 12; ++epoch) support::record_call(*trace.recorder, epoch, 1, {"x"});
+    for (std::int64_t epoch = 0; epoch < 12; ++epoch)
+      support::record_call(*trace.recorder, epoch, 1, {"x"});
     CHECK_EQ(support::core_threads(), 1);
     CHECK(support::close(*trace.recorder));
     CHECK_EQ(support::core_threads(), 0);
@@ -281,7 +287,8 @@ TEST(closing_in_the_middle_of_another_threads_call_is_safe) {
     const mld::Counters counters = trace.counters();
     CHECK(support::is_conserved(counters));
     CHECK_EQ(counters.rows_in_flight, 0);
-    for (const auto& [name, partition] : support::read_rank(trace.directory.path())) CHECK(partition.calls.empty());
+    for (const auto& [name, partition] : support::read_rank(trace.directory.path()))
+      CHECK(partition.calls.empty());
   }
 }
 
@@ -315,7 +322,8 @@ TEST(closing_loses_no_call_that_was_taken) {
   }
 }
 
-// Ctrl-C in the wait of a close: the exception comes through, and the close at exit still saves everything.
+// Ctrl-C in the wait of a close: the exception comes through, and the close at exit still saves
+// everything.
 TEST(closing_that_a_signal_interrupted_can_be_done_again) {
   Trace trace;
   support::record_call(*trace.recorder, 0, 1, {pattern(1, 100)});
@@ -332,7 +340,8 @@ TEST(closing_that_a_signal_interrupted_can_be_done_again) {
   CHECK_EQ(support::read_partition(trace.directory / "epoch-0").sealed, 1);
 }
 
-// A steady trickle of calls is committed in groups, an interval apart, not call by call with a sync each.
+// A steady trickle of calls is committed in groups, an interval apart, not call by call with a sync
+// each.
 TEST(writer_thread_commits_a_steady_trickle_in_groups) {
   mld::RecorderOptions options = Trace::eager();
   options.commit_interval = 200ms;

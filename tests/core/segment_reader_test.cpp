@@ -30,7 +30,8 @@ void write_calls(mld::Segment& segment, std::uint64_t first, std::uint64_t end) 
     const std::string bytes = pattern(call, 5000);
     batch.append_chunk(call * 8, bytes);
     std::string header;
-    mld::encode_call({0, 0, call, 0, 1, 0, 0}, {{0, 0, call * 8, bytes.size(), mld::crc32c(bytes.data(), bytes.size())}},
+    mld::encode_call({0, 0, call, 0, 1, 0, 0},
+                     {{0, 0, call * 8, bytes.size(), mld::crc32c(bytes.data(), bytes.size())}},
                      "\xC0", "", &header);
     batch.put_header(call, header);
     batch.totals().rows += 1;
@@ -83,7 +84,8 @@ TEST(reader_sees_each_commit_of_the_writer_that_shares_its_environment) {
   const SegmentReader second(directory / "s", true);
   CHECK_EQ(support::open_descriptors(), descriptors);
   std::string out(15000, '\0');
-  second.read({request_for(3), request_for(49, 5000), request_for(0, 10000)}, reinterpret_cast<std::byte*>(out.data()));
+  second.read({request_for(3), request_for(49, 5000), request_for(0, 10000)},
+              reinterpret_cast<std::byte*>(out.data()));
   CHECK(out == pattern(3, 5000) + pattern(49, 5000) + pattern(0, 5000));
 }
 
@@ -114,7 +116,8 @@ TEST(reader_refuses_garbage) {
   CHECK(kind_of([&] { SegmentReader(directory / "garbage", true); }) == ErrorKind::kCorruptData);
 }
 
-// LMDB has no checksums of its own: whatever byte of the payload or of a header flips must be noticed by ours.
+// LMDB has no checksums of its own: whatever byte of the payload or of a header flips must be
+// noticed by ours.
 TEST(reader_notices_flipped_bytes) {
   const TempDir directory;
   {
@@ -130,7 +133,10 @@ TEST(reader_notices_flipped_bytes) {
   };
   std::string out(5000, '\0');
   const auto read = [&](std::uint64_t call) {
-    return kind_of([&] { SegmentReader(directory / "s", true).read({request_for(call)}, reinterpret_cast<std::byte*>(out.data())); });
+    return kind_of([&] {
+      SegmentReader(directory / "s", true)
+          .read({request_for(call)}, reinterpret_cast<std::byte*>(out.data()));
+    });
   };
   const std::size_t payload = sound.find(pattern(2, 5000));
   REQUIRE(payload != std::string::npos);
@@ -146,7 +152,8 @@ TEST(reader_notices_flipped_bytes) {
   REQUIRE(header_at != std::string::npos);
   for (std::size_t at = 0; at < header.size(); ++at) {
     flip(header_at + at);
-    CHECK(kind_of([&] { return SegmentReader(directory / "s", true).headers(std::nullopt, 10); }) == ErrorKind::kCorruptData);
+    CHECK(kind_of([&] { return SegmentReader(directory / "s", true).headers(std::nullopt, 10); }) ==
+          ErrorKind::kCorruptData);
   }
 }
 
@@ -191,10 +198,12 @@ TEST(segment_batch_that_is_not_committed_leaves_nothing) {
 
 TEST(segment_describes_itself_in_json) {
   const TempDir directory;
-  mld::Segment segment(directory / "s", {4, 3, 2, mld::kNoEpoch}, mld::Sync::kEveryCommit, std::size_t{16} << 20);
+  mld::Segment segment(directory / "s", {4, 3, 2, mld::kNoEpoch}, mld::Sync::kEveryCommit,
+                       std::size_t{16} << 20);
   const std::string json = support::read_file(directory / "s/segment.json");
-  for (const char* part : {"\"format_version\": 1", "\"rank\": 4", "\"attempt\": 3", "\"sequence\": 2", "\"epoch\": null",
-                           "\"durability\": \"power\"", "\"boot_id\": \""}) {
+  for (const char* part :
+       {"\"format_version\": 1", "\"rank\": 4", "\"attempt\": 3", "\"sequence\": 2",
+        "\"epoch\": null", "\"durability\": \"power\"", "\"boot_id\": \""}) {
     CHECK(json.find(part) != std::string::npos);
   }
   CHECK(!mld::path_exists(directory / "s/sealed.json"));

@@ -1,4 +1,5 @@
-// The directory of one rank: who may write to it, what an earlier process left, what a drop takes away.
+// The directory of one rank: who may write to it, what an earlier process left, what a drop takes
+// away.
 #include "store/store.h"
 
 #include <signal.h>
@@ -74,14 +75,18 @@ struct Contents {
 };
 
 // A segment as a writer leaves it when it dies: `seal` is what it would have done last.
-void make_segment(const std::string& rank, const Contents& contents, bool seal, Sync sync = Sync::kEveryCommit) {
-  const std::string directory =
-      rank + "/" + mld::partition_name(contents.epoch) + "/" + mld::segment_name(contents.attempt, contents.sequence);
-  mld::Segment segment(directory, {0, contents.attempt, contents.sequence, contents.epoch}, sync, std::size_t{16} << 20);
+void make_segment(const std::string& rank, const Contents& contents, bool seal,
+                  Sync sync = Sync::kEveryCommit) {
+  const std::string directory = rank + "/" + mld::partition_name(contents.epoch) + "/" +
+                                mld::segment_name(contents.attempt, contents.sequence);
+  mld::Segment segment(directory, {0, contents.attempt, contents.sequence, contents.epoch}, sync,
+                       std::size_t{16} << 20);
   mld::Segment::Batch batch(segment);
-  for (std::uint64_t call = contents.first_call; call < contents.first_call + contents.calls; ++call) {
+  for (std::uint64_t call = contents.first_call; call < contents.first_call + contents.calls;
+       ++call) {
     std::string header;
-    mld::encode_call({0, contents.attempt, call, contents.epoch, 10, 7, 0}, {}, "\xC0", "", &header);
+    mld::encode_call({0, contents.attempt, call, contents.epoch, 10, 7, 0}, {}, "\xC0", "",
+                     &header);
     batch.put_header(call, header);
   }
   batch.commit();
@@ -117,7 +122,10 @@ TEST(lock_file_excludes_another_process_until_it_dies) {
   CHECK(!LockFile::is_held(path));
   const LockFile mine(path);
   CHECK(LockFile::is_held(path));
-  CHECK_EQ(in_child([&] { return kind_of([&] { LockFile other(path); }) == ErrorKind::kTraceInUse ? 0 : 1; }), 0);
+  CHECK_EQ(in_child([&] {
+             return kind_of([&] { LockFile other(path); }) == ErrorKind::kTraceInUse ? 0 : 1;
+           }),
+           0);
 }
 
 // A DataLoader's worker that outlives its killed parent would otherwise lock the next run out.
@@ -240,8 +248,10 @@ TEST(store_finishes_the_drops_of_a_dead_writer) {
 TEST(drop_counts_each_call_once_and_gives_the_space_back) {
   const TempDir directory;
   make_segment(directory.path(), {0, 0, 2, 0, 5}, true);
-  make_segment(directory.path(), {0, 1, 2, 4, 3}, true);  // call 4 once more: its first commit had an unknown end
-  make_segment(directory.path(), {1, 0, 2, 0, 5}, true);  // the same numbers in another attempt are other calls
+  make_segment(directory.path(), {0, 1, 2, 4, 3},
+               true);  // call 4 once more: its first commit had an unknown end
+  make_segment(directory.path(), {1, 0, 2, 0, 5},
+               true);  // the same numbers in another attempt are other calls
   make_segment(directory.path(), {0, 0, mld::kNoEpoch, 0, 2}, true);
   const StoreUse use(directory.path(), {});
   const mld::DroppedRows dropped = use.state()->drop_epoch(2, std::nullopt);
@@ -253,7 +263,8 @@ TEST(drop_counts_each_call_once_and_gives_the_space_back) {
   CHECK_EQ(use.state()->drop_epoch(77, std::nullopt).rows, 0);
   CHECK_EQ(use.state()->drop_epoch(mld::kNoEpoch, std::nullopt).rows, 20);
   CHECK_EQ(use.state()->disk_bytes(), 0);
-  for (const std::string& name : mld::list_directory(directory.path())) CHECK(name.rfind("trash-", 0) != 0);
+  for (const std::string& name : mld::list_directory(directory.path()))
+    CHECK(name.rfind("trash-", 0) != 0);
 }
 
 TEST(drop_of_one_attempt_leaves_the_others) {
@@ -264,18 +275,21 @@ TEST(drop_of_one_attempt_leaves_the_others) {
   make_segment(directory.path(), {10, 0, 2, 0, 2}, true);
   const StoreUse use(directory.path(), {});
   CHECK_EQ(use.state()->drop_epoch(2, 1).rows, 40);
-  CHECK(mld::list_directory(directory / "epoch-2") == (std::vector<std::string>{"a00000-s00000", "a00010-s00000"}));
+  CHECK(mld::list_directory(directory / "epoch-2") ==
+        (std::vector<std::string>{"a00000-s00000", "a00010-s00000"}));
   CHECK_EQ(use.state()->disk_bytes(), bytes_on_disk(directory.path()));
   CHECK_EQ(use.state()->drop_epoch(2, 7).rows, 0);
 }
 
 TEST(drop_all_takes_every_epoch) {
   const TempDir directory;
-  for (std::int64_t epoch = -1; epoch < 3; ++epoch) make_segment(directory.path(), {0, 0, epoch}, epoch != 1);
+  for (std::int64_t epoch = -1; epoch < 3; ++epoch)
+    make_segment(directory.path(), {0, 0, epoch}, epoch != 1);
   support::write_file(directory / "attempts.json", "[]");
   const StoreUse use(directory.path(), {});
   use.state()->drop_all();
-  CHECK(mld::list_directory(directory.path()) == (std::vector<std::string>{"attempts.json", "writer.lock"}));
+  CHECK(mld::list_directory(directory.path()) ==
+        (std::vector<std::string>{"attempts.json", "writer.lock"}));
   CHECK_EQ(use.state()->disk_bytes(), 0);
   use.state()->drop_all();
 }
@@ -302,7 +316,8 @@ TEST(drop_waits_for_a_reader_that_is_at_work) {
   std::atomic<bool> let_go{false};
   auto reader = std::make_unique<mld::SegmentReader>(segment, true);
   std::thread thread([&] {
-    CHECK(support::eventually([&] { return !mld::path_exists(segment); }));  // gone for everybody else
+    CHECK(support::eventually(
+        [&] { return !mld::path_exists(segment); }));  // gone for everybody else
     CHECK(kind_of([&] { mld::SegmentReader(segment, true); }) == ErrorKind::kNotFound);
     CHECK_EQ(reader->headers(std::nullopt, 10).size(), 5);
     let_go = true;

@@ -1,5 +1,6 @@
-// All of it at once, seeded: four producers, two recorders on two stores, alternating epochs, sizes from nothing to
-// three pieces, aborts, drops in between; then every byte is read back against what the producers remember.
+// All of it at once, seeded: four producers, two recorders on two stores, alternating epochs, sizes
+// from nothing to three pieces, aborts, drops in between; then every byte is read back against what
+// the producers remember.
 #include <atomic>
 #include <map>
 #include <memory>
@@ -51,7 +52,9 @@ void one_call(Side& side, Random& random, std::uint64_t largest_piece, std::uint
   sent.rows = static_cast<std::uint32_t>(1 + random.below(9));
   const std::uint64_t number = recorder.begin_call(sent.epoch, sent.rows);
   for (std::uint64_t captures = random.below(5); captures > 0; --captures) {
-    const std::uint64_t scale = random.below(8) == 0 ? 3 * largest_piece : random.below(2) == 0 ? 200 : 9000;
+    const std::uint64_t scale = random.below(8) == 0   ? 3 * largest_piece
+                                : random.below(2) == 0 ? 200
+                                                       : 9000;
     const std::string bytes = pattern(random.next(), random.below(scale + 1));
     sent.captures.emplace_back(bytes.size(), mld::crc32c(bytes.data(), bytes.size()));
     support::capture(recorder, static_cast<std::uint32_t>(sent.captures.size()), bytes);
@@ -88,7 +91,8 @@ void check_side(Side& side, std::uint64_t dropped_from_disk) {
     for (const auto& [key, call] : partition.calls) {
       const auto sent = side.taken.find(key.second);
       if (sent == side.taken.end()) {
-        check::fail(__FILE__, __LINE__, "a call that nobody handed over: " + std::to_string(key.second));
+        check::fail(__FILE__, __LINE__,
+                    "a call that nobody handed over: " + std::to_string(key.second));
         continue;
       }
       CHECK(found.insert(key.second).second);
@@ -97,16 +101,19 @@ void check_side(Side& side, std::uint64_t dropped_from_disk) {
     }
     rows_in_totals += partition.meta_rows;
     for (const support::StoredGap& gap : partition.gaps) gap_rows += gap.rows;
-    if (name != "epoch-" + std::to_string(kDroppedEpoch)) CHECK_EQ(partition.headers, partition.calls.size() + partition.gaps.size());
+    if (name != "epoch-" + std::to_string(kDroppedEpoch))
+      CHECK_EQ(partition.headers, partition.calls.size() + partition.gaps.size());
   }
   for (const auto& [number, sent] : side.taken) {
     if (sent.epoch != kDroppedEpoch) CHECK_EQ(found.count(number), 1);
   }
   CHECK_EQ(rows_in_totals, rows_on_disk);
   CHECK_EQ(counters.rows_committed, rows_on_disk + dropped_from_disk);
-  const std::uint64_t ring_full = counters.rows_discarded_by_cause[static_cast<std::size_t>(mld::LossCause::kRingFull)];
+  const std::uint64_t ring_full =
+      counters.rows_discarded_by_cause[static_cast<std::size_t>(mld::LossCause::kRingFull)];
   CHECK(gap_rows <= ring_full);  // gaps of the dropped epoch went with it
-  if (side.trace.recorder->options().overflow == mld::OverflowPolicy::kBlock) CHECK_EQ(ring_full, 0);
+  if (side.trace.recorder->options().overflow == mld::OverflowPolicy::kBlock)
+    CHECK_EQ(ring_full, 0);
 }
 
 void run(std::uint64_t seed, std::chrono::milliseconds duration) {
@@ -155,7 +162,9 @@ void run(std::uint64_t seed, std::chrono::milliseconds duration) {
 TEST(stress_everything_at_once_and_every_byte_is_accounted_for) {
   for (const std::uint64_t seed : {1, 2}) {
     run(seed, 1500ms);
-    std::fprintf(stderr, "%s", check::failures == 0 ? "" : ("stress seed " + std::to_string(seed) + "\n").c_str());
+    std::fprintf(
+        stderr, "%s",
+        check::failures == 0 ? "" : ("stress seed " + std::to_string(seed) + "\n").c_str());
   }
   CHECK_EQ(support::core_threads(), 0);
 }

@@ -33,7 +33,8 @@ std::string pattern(std::uint64_t seed, std::size_t bytes) {
 TempDir::TempDir() {
   const char* base = std::getenv("TMPDIR");
   std::string name = std::string(base == nullptr ? "/tmp" : base) + "/mld-core-XXXXXX";
-  if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp " + name + ": " + std::strerror(errno));
+  if (mkdtemp(name.data()) == nullptr)
+    throw std::runtime_error("mkdtemp " + name + ": " + std::strerror(errno));
   path_ = name;
 }
 
@@ -55,7 +56,8 @@ SmallDisk::~SmallDisk() {
 }
 
 void SmallDisk::fill() {
-  const int file = open((directory_ / "ballast").c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  const int file =
+      open((directory_ / "ballast").c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
   const std::array<char, 4096> block{};
   while (write(file, block.data(), block.size()) > 0) {
   }
@@ -65,10 +67,13 @@ void SmallDisk::fill() {
 void SmallDisk::empty() { unlink((directory_ / "ballast").c_str()); }
 
 bool SmallDisk::make_read_only() {
-  return mount("mld-test", directory_.path().c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) == 0;
+  return mount("mld-test", directory_.path().c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) ==
+         0;
 }
 
-std::size_t open_descriptors() { return mld::list_directory("/proc/self/fd").size() - 1; }  // less the listing's own
+std::size_t open_descriptors() {
+  return mld::list_directory("/proc/self/fd").size() - 1;
+}  // less the listing's own
 
 std::size_t core_threads() {
   std::size_t found = 0;
@@ -120,15 +125,18 @@ bool eventually(const std::function<bool()>& condition, std::chrono::nanoseconds
 bool is_conserved(const mld::Counters& c) {
   std::uint64_t by_cause = 0;
   for (const std::uint64_t rows : c.rows_discarded_by_cause) by_cause += rows;
-  return c.rows_submitted == c.rows_committed + c.rows_discarded + c.rows_failed + c.rows_in_flight &&
-         c.bytes_submitted == c.bytes_committed + c.bytes_discarded + c.bytes_failed + c.bytes_in_flight &&
+  return c.rows_submitted ==
+             c.rows_committed + c.rows_discarded + c.rows_failed + c.rows_in_flight &&
+         c.bytes_submitted ==
+             c.bytes_committed + c.bytes_discarded + c.bytes_failed + c.bytes_in_flight &&
          by_cause == c.rows_discarded;
 }
 
 std::uint64_t record_call(mld::Recorder& recorder, std::int64_t epoch, std::uint32_t rows,
                           const std::vector<std::string>& captures) {
   const std::uint64_t number = recorder.begin_call(epoch, rows);
-  for (std::uint32_t column = 0; column < captures.size(); ++column) capture(recorder, column, captures[column]);
+  for (std::uint32_t column = 0; column < captures.size(); ++column)
+    capture(recorder, column, captures[column]);
   CHECK(end_call(recorder, rows));
   return number;
 }
@@ -146,13 +154,15 @@ std::uint64_t unsigned_at(std::string_view bytes) {
 }
 
 std::string text_field(std::string_view map, std::string_view name) {
-  const std::size_t at = map.find(std::string(1, static_cast<char>(0xA0 | name.size())).append(name));
+  const std::size_t at =
+      map.find(std::string(1, static_cast<char>(0xA0 | name.size())).append(name));
   if (at == std::string_view::npos) return {};
   const std::string_view value = map.substr(at + 1 + name.size());
   return std::string(value.substr(1, static_cast<unsigned char>(value.at(0)) & 0x1F));
 }
 
-// Of one segment into `found`; chunks are looked up afterwards, since they may lie in a later segment.
+// Of one segment into `found`; chunks are looked up afterwards, since they may lie in a later
+// segment.
 void read_headers(const mld::SegmentReader& reader, StoredPartition* found) {
   std::optional<std::uint64_t> after;
   for (;;) {
@@ -163,8 +173,9 @@ void read_headers(const mld::SegmentReader& reader, StoredPartition* found) {
       ++found->headers;
       const mld::DecodedHeader header = mld::decode_header(value);
       if (header.kind == mld::HeaderKind::kGap) {
-        found->gaps.push_back({msgpack_field(value, "first_call"), msgpack_field(value, "last_call"),
-                               msgpack_field(value, "rows"), msgpack_field(value, "bytes"), text_field(value, "cause")});
+        found->gaps.push_back({msgpack_field(value, "first_call"),
+                               msgpack_field(value, "last_call"), msgpack_field(value, "rows"),
+                               msgpack_field(value, "bytes"), text_field(value, "cause")});
         CHECK_EQ(key, found->gaps.back().first_call);
         continue;
       }
@@ -177,13 +188,15 @@ void read_headers(const mld::SegmentReader& reader, StoredPartition* found) {
           call.captures[chunk.capture].append(chunk.bytes, '\0');
         }
       }
-      found->calls.emplace(std::make_pair(header.identity.attempt, header.identity.call), std::move(call));
+      found->calls.emplace(std::make_pair(header.identity.attempt, header.identity.call),
+                           std::move(call));
     }
   }
 }
 
 // Fills in what lies in `chunks` of the segment `sequence` of `attempt`.
-void read_chunks(const mld::SegmentReader& reader, std::uint32_t attempt, std::int32_t sequence, StoredPartition* found) {
+void read_chunks(const mld::SegmentReader& reader, std::uint32_t attempt, std::int32_t sequence,
+                 StoredPartition* found) {
   for (auto& [key, call] : found->calls) {
     if (key.first != attempt) continue;
     std::map<std::uint32_t, std::uint64_t> offsets;
@@ -200,7 +213,8 @@ void read_chunks(const mld::SegmentReader& reader, std::uint32_t attempt, std::i
 }  // namespace
 
 std::uint64_t msgpack_field(std::string_view map, std::string_view name) {
-  const std::size_t at = map.find(std::string(1, static_cast<char>(0xA0 | name.size())).append(name));
+  const std::size_t at =
+      map.find(std::string(1, static_cast<char>(0xA0 | name.size())).append(name));
   return at == std::string_view::npos ? 0 : unsigned_at(map.substr(at + 1 + name.size()));
 }
 
@@ -243,8 +257,8 @@ std::map<std::string, StoredPartition> read_rank(const std::string& directory) {
   return found;
 }
 
-std::uint64_t Bench::chunk(std::uint32_t recorder, std::int64_t epoch, std::uint64_t call, std::uint32_t capture,
-                           std::string_view bytes) {
+std::uint64_t Bench::chunk(std::uint32_t recorder, std::int64_t epoch, std::uint64_t call,
+                           std::uint32_t capture, std::string_view bytes) {
   mld::RecordHeader header{};
   header.kind = mld::RecordKind::kChunk;
   header.recorder = recorder;
@@ -254,8 +268,9 @@ std::uint64_t Bench::chunk(std::uint32_t recorder, std::int64_t epoch, std::uint
   return put(header, bytes);
 }
 
-std::uint64_t Bench::call(std::uint32_t recorder, std::int64_t epoch, std::uint64_t call, std::uint32_t rows,
-                          std::uint64_t call_bytes, std::uint32_t ground_truth_rows) {
+std::uint64_t Bench::call(std::uint32_t recorder, std::int64_t epoch, std::uint64_t call,
+                          std::uint32_t rows, std::uint64_t call_bytes,
+                          std::uint32_t ground_truth_rows) {
   mld::RecordHeader header{};
   header.kind = mld::RecordKind::kCall;
   header.recorder = recorder;

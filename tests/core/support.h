@@ -1,5 +1,6 @@
-// What the tests of the core share: temporary directories, disks that are full, a seeded generator, counts of what the
-// process holds, and the oracle that reads a rank's directory back as a stranger would.
+// What the tests of the core share: temporary directories, disks that are full, a seeded generator,
+// counts of what the process holds, and the oracle that reads a rank's directory back as a stranger
+// would.
 #pragma once
 
 #include <atomic>
@@ -40,7 +41,8 @@ using mld::Clock;
 // Says on stderr that the running test was left out, and why.
 void skipped(const char* why);
 
-// splitmix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014): the same numbers everywhere.
+// splitmix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014): the same
+// numbers everywhere.
 class Random {
  public:
   explicit Random(std::uint64_t seed) : state_(seed) {}
@@ -72,7 +74,8 @@ class TempDir {
   std::string path_;
 };
 
-// A tmpfs of its own that can be filled and emptied; `mounted()` is false where that needs more rights than we have.
+// A tmpfs of its own that can be filled and emptied; `mounted()` is false where that needs more
+// rights than we have.
 class SmallDisk {
  public:
   explicit SmallDisk(std::size_t bytes);
@@ -81,8 +84,8 @@ class SmallDisk {
   SmallDisk& operator=(const SmallDisk&) = delete;
   [[nodiscard]] bool mounted() const { return mounted_; }
   [[nodiscard]] std::string operator/(const std::string& name) const { return directory_ / name; }
-  void fill();   // until not one byte more fits
-  void empty();  // takes the ballast away
+  void fill();            // until not one byte more fits
+  void empty();           // takes the ballast away
   bool make_read_only();  // nothing may be open for writing
 
  private:
@@ -97,7 +100,8 @@ std::size_t core_threads();
 std::string read_file(const std::string& path);
 void write_file(const std::string& path, std::string_view content);
 
-// Runs `body` in a forked child; returns its exit status, 128 + the signal if one ended it. `body` returns the status.
+// Runs `body` in a forked child; returns its exit status, 128 + the signal if one ended it. `body`
+// returns the status.
 int in_child(const std::function<int()>& body);
 
 // Polls until `condition` holds, up to `patience`: for what another thread does in its own time.
@@ -131,16 +135,20 @@ inline void capture(mld::Recorder& recorder, std::uint32_t column, std::string_v
   StringSource source(bytes);
   mld::WaitHooks hooks;
   const auto length = static_cast<std::int64_t>(bytes.size());
-  recorder.capture(*recorder.current_call(), column, "uint8", &length, 1, bytes.size(), source, hooks);
+  recorder.capture(*recorder.current_call(), column, "uint8", &length, 1, bytes.size(), source,
+                   hooks);
 }
-inline bool end_call(mld::Recorder& recorder, std::uint32_t rows, std::uint32_t ground_truth_rows = 0) {
+inline bool end_call(mld::Recorder& recorder, std::uint32_t rows,
+                     std::uint32_t ground_truth_rows = 0) {
   mld::WaitHooks hooks;
-  return recorder.end_call("\xC0", rows, ground_truth_rows, hooks);  // nil: the core does not look into it
+  return recorder.end_call("\xC0", rows, ground_truth_rows,
+                           hooks);  // nil: the core does not look into it
 }
 // A whole call with one capture a string; returns its number.
 std::uint64_t record_call(mld::Recorder& recorder, std::int64_t epoch, std::uint32_t rows,
                           const std::vector<std::string>& captures);
-inline void flush(mld::Recorder& recorder, std::optional<std::chrono::nanoseconds> timeout = std::nullopt) {
+inline void flush(mld::Recorder& recorder,
+                  std::optional<std::chrono::nanoseconds> timeout = std::nullopt) {
   mld::WaitHooks hooks;
   recorder.flush(timeout, hooks);
 }
@@ -164,9 +172,10 @@ struct StoredGap {
   std::string cause;
 };
 struct StoredPartition {
-  std::map<std::pair<std::uint32_t, std::uint64_t>, StoredCall> calls;  // by (attempt, call), each once
+  std::map<std::pair<std::uint32_t, std::uint64_t>, StoredCall>
+      calls;  // by (attempt, call), each once
   std::vector<StoredGap> gaps;
-  std::size_t headers = 0;   // with repetitions
+  std::size_t headers = 0;  // with repetitions
   std::size_t segments = 0;
   std::size_t sealed = 0;
   std::uint64_t meta_rows = 0, meta_calls = 0, meta_payload_bytes = 0, meta_discarded_rows = 0;
@@ -176,7 +185,8 @@ StoredPartition read_partition(const std::string& directory);
 // By name of the partition.
 std::map<std::string, StoredPartition> read_rank(const std::string& directory);
 
-// A field of a msgpack map of unsigned integers, as `meta` and a gap's core are; 0 if it is not there.
+// A field of a msgpack map of unsigned integers, as `meta` and a gap's core are; 0 if it is not
+// there.
 std::uint64_t msgpack_field(std::string_view map, std::string_view name);
 
 // A Writer's surroundings without a thread: a ring, and records put into it by hand.
@@ -187,10 +197,11 @@ class Bench {
       : arena_(ring_bytes), ring_(arena_.data(), arena_.bytes() / Ring::kGranuleBytes) {}
   [[nodiscard]] Ring& ring() { return ring_; }
 
-  std::uint64_t chunk(std::uint32_t recorder, std::int64_t epoch, std::uint64_t call, std::uint32_t capture,
-                      std::string_view bytes);
-  std::uint64_t call(std::uint32_t recorder, std::int64_t epoch, std::uint64_t call, std::uint32_t rows,
-                     std::uint64_t call_bytes, std::uint32_t ground_truth_rows = 0);
+  std::uint64_t chunk(std::uint32_t recorder, std::int64_t epoch, std::uint64_t call,
+                      std::uint32_t capture, std::string_view bytes);
+  std::uint64_t call(std::uint32_t recorder, std::int64_t epoch, std::uint64_t call,
+                     std::uint32_t rows, std::uint64_t call_bytes,
+                     std::uint32_t ground_truth_rows = 0);
   // The next record in the ring, as Partition::add takes it.
   mld::PendingRecord take();
 

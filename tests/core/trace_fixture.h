@@ -1,5 +1,5 @@
-// A store in a temporary directory and one recorder on it, closed at the end whatever the test did; and a gate that
-// holds the writer thread in the middle of a commit.
+// A store in a temporary directory and one recorder on it, closed at the end whatever the test did;
+// and a gate that holds the writer thread in the middle of a commit.
 #pragma once
 
 #include <memory>
@@ -26,7 +26,8 @@ struct Trace {
     return options;
   }
 
-  explicit Trace(const mld::RecorderOptions& options = eager(), const mld::StoreOptions& store = unsynced())
+  explicit Trace(const mld::RecorderOptions& options = eager(),
+                 const mld::StoreOptions& store = unsynced())
       : use(directory.path(), store), recorder(mld::Recorder::open(use, options)) {}
   ~Trace() { CHECK(support::close(*recorder)); }
   Trace(const Trace&) = delete;
@@ -37,7 +38,9 @@ struct Trace {
     auto dropped = std::make_shared<mld::DroppedRows>();
     mld::WaitHooks hooks;
     mld::Runtime::current()->run_on_writer(
-        [dropped, epoch, state = use.state()](mld::Writer& writer) { *dropped = writer.drop_epoch(*state, epoch, std::nullopt); },
+        [dropped, epoch, state = use.state()](mld::Writer& writer) {
+          *dropped = writer.drop_epoch(*state, epoch, std::nullopt);
+        },
         20s, "drop", hooks);
     return *dropped;
   }
@@ -47,12 +50,14 @@ struct Trace {
   std::shared_ptr<mld::Recorder> recorder;
 };
 
-// While it stands, no commit to the partition's segment can begin: LMDB has one writer at a time, and this is it. The
-// partition must have been written to. A writer thread that meets it is stuck, as in a frozen disk.
+// While it stands, no commit to the partition's segment can begin: LMDB has one writer at a time,
+// and this is it. The partition must have been written to. A writer thread that meets it is stuck,
+// as in a frozen disk.
 class Gate {
  public:
   explicit Gate(const std::string& partition)
-      : environment_(mld::Environment::open(partition + "/a00000-s00000", mld::Access::kWrite, mld::Sync::kOnRequest, 0)),
+      : environment_(mld::Environment::open(partition + "/a00000-s00000", mld::Access::kWrite,
+                                            mld::Sync::kOnRequest, 0)),
         transaction_(std::make_unique<mld::Transaction>(*environment_, false)) {}
   void open() { transaction_.reset(); }
 

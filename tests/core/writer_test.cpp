@@ -1,4 +1,5 @@
-// The writer stepped by hand, without its thread: records are put into the ring, groups are drained one at a time.
+// The writer stepped by hand, without its thread: records are put into the ring, groups are drained
+// one at a time.
 #include "writer/writer.h"
 
 #include <unistd.h>
@@ -33,10 +34,12 @@ mld::StoreOptions unsynced() {
 
 // A recorder without a runtime: what its producers would put into the ring, the test puts there.
 struct Attempt {
-  Attempt(mld::Writer& writer_of_test, Bench& bench_of_test, const std::string& directory, RecorderOptions options = {})
+  Attempt(mld::Writer& writer_of_test, Bench& bench_of_test, const std::string& directory,
+          RecorderOptions options = {})
       : writer(writer_of_test),
         bench(bench_of_test),
-        recorder(std::make_shared<Recorder>(next_id(), nullptr, StoreUse(directory, unsynced()), options)) {
+        recorder(std::make_shared<Recorder>(next_id(), nullptr, StoreUse(directory, unsynced()),
+                                            options)) {
     writer.attach(recorder);
   }
   static std::uint32_t next_id() {
@@ -45,7 +48,8 @@ struct Attempt {
   }
   // Returns the ring position of the call's first record.
   std::uint64_t call(std::int64_t epoch, std::uint64_t number, std::size_t bytes) {
-    const std::uint64_t position = bench.chunk(recorder->id(), epoch, number, 0, pattern(number, bytes));
+    const std::uint64_t position =
+        bench.chunk(recorder->id(), epoch, number, 0, pattern(number, bytes));
     end(epoch, number, bytes);
     return position;
   }
@@ -132,7 +136,8 @@ TEST(writer_releases_the_chunks_of_a_call_that_goes_on) {
   }
   attempt.end(0, 0, whole.size());
   writer.drain_all();
-  CHECK(support::read_rank(directory.path()).at("epoch-0").calls.at({0, 0}).captures.at(0) == whole);
+  CHECK(support::read_rank(directory.path()).at("epoch-0").calls.at({0, 0}).captures.at(0) ==
+        whole);
 }
 
 // Of two partitions one cannot be written: the other's rows are committed, and only the tail waits.
@@ -259,7 +264,8 @@ TEST(writer_drops_only_the_attempt_that_is_named) {
   mld::Writer writer(bench.ring());
   RecorderOptions second_options;
   second_options.attempt = 1;
-  Attempt first(writer, bench, directory.path()), second(writer, bench, directory.path(), second_options);
+  Attempt first(writer, bench, directory.path()),
+      second(writer, bench, directory.path(), second_options);
   first.call(0, 0, 100);
   second.call(0, 0, 200);
   CHECK_EQ(writer.drop_epoch(first.recorder->store(), 0, 1).rows, 2);
@@ -307,5 +313,6 @@ TEST(writer_tells_other_processes_its_counters) {
   CHECK(status.find("\"recording\": true") != std::string::npos);
   CHECK_EQ(status.size() % 4096, 0);
   writer.detach(attempt.recorder->id());
-  CHECK(support::read_file(directory / "status.json").find("\"recording\": false") != std::string::npos);
+  CHECK(support::read_file(directory / "status.json").find("\"recording\": false") !=
+        std::string::npos);
 }

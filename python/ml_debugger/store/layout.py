@@ -163,11 +163,6 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
     return sorted(entries)
 
 
-def read_sealed(segment: SegmentEntry) -> dict[str, Any] | None:
-    """The row counts in a segment's `sealed.json`; None if it is not sealed."""
-    return _read_json(segment.path / "sealed.json")
-
-
 def trace_directories(data_dir: Path) -> list[Path]:
     """Directory of every trace under ``data_dir``, sorted by path."""
     return sorted(path.parent for path in data_dir.glob(f"*/*/{_VERSION_FILE}"))

@@ -122,6 +122,10 @@ class TraceSession:
         return self._closed
 
     @property
+    def _described(self) -> str:
+        return f"the trace {self.info.model_name!r} / {self.info.version_name!r}"
+
+    @property
     def inherited(self) -> bool:
         """Whether this is a forked child's copy of its parent's session."""
         return self._pid != os.getpid()
@@ -209,19 +213,18 @@ class TraceSession:
 
     def _finish(self) -> None:
         timeout_s = self.config.close_timeout_s
-        failure: MlDebuggerError | None = None
         try:
-            self.recorder.flush(timeout_s)
+            finished = self.recorder.close(timeout_s)
+            self.recorder.raise_failure()
         except StorageError as error:
-            failure = error if self.config.on_error == "raise" else None
-        except TraceStallError as error:
-            failure = error
-        finished = self.recorder.close(timeout_s)
-        if failure is not None:
-            raise failure
+            if self.config.on_error == "raise":
+                raise
+            logger.error("closing %s: %s", self._described, error)
+            return
         if not finished:
             raise TraceStallError(
-                f"the writer did not finish within close_timeout_s={timeout_s} s",
+                f"the writer did not finish within close_timeout_s={timeout_s} s: "
+                f"{self.counters()['rows_in_flight']} rows are not committed",
                 "look at the disk, or raise TracerConfig.close_timeout_s",
             )
 
@@ -230,16 +233,15 @@ class TraceSession:
         try:
             self.close()
         except MlDebuggerError as error:
-            logger.error("closing the trace %r / %r: %s", self.info.model_name, self.info.version_name, error)
+            logger.error("closing %s: %s", self._described, error)
 
     def _log_losses(self) -> None:
         counters = self.counters()
         lost = {name: counters[f"rows_{name}"] for name in ("discarded", "failed", "in_flight")}
         if any(lost.values()):
             logger.warning(
-                "trace %r / %r: of %d rows %d were committed, %d discarded, %d failed, %d left in flight",
-                self.info.model_name,
-                self.info.version_name,
+                "%s: of %d rows %d were committed, %d discarded, %d failed, %d left in flight",
+                self._described,
                 counters["rows_submitted"],
                 counters["rows_committed"],
                 *lost.values(),
@@ -272,14 +274,12 @@ def check_same_trace(recorded: layout.VersionInfo, wanted: layout.VersionInfo) -
 
 
 def _ground_truth_rows(segment: layout.SegmentEntry) -> int:
-    sealed = layout.read_sealed(segment)
-    if sealed is not None:
-        return int(sealed["ground_truth_rows"])
     try:
-        handle = _core.Segment(str(segment.path), sealed=False)
+        handle = _core.Segment(str(segment.path), sealed=segment.sealed)
     except NotFoundError:
         return 0
     try:
-        return int(msgpack.unpackb(handle.meta())["ground_truth_rows"])
+        meta = handle.meta()
+        return int(msgpack.unpackb(meta)["ground_truth_rows"]) if meta else 0
     finally:
         handle.close()

@@ -410,3 +410,123 @@ def test_a_process_ends_within_close_timeout_when_the_disk_hangs(run_child: Any,
     assert done.returncode >= 0, f"ended by signal {-done.returncode}\n{done.stderr}"
     assert "Fatal" not in done.stderr and "terminate" not in done.stderr
     assert rows_of() in (4, 8)
+
+
+FORKS = """
+import faulthandler, os, random, threading, time
+from contract_models import Net, batch, check_law, rows_of
+from ml_debugger import TracerConfig
+from ml_debugger.training import ClassificationTracer
+
+random.seed(7)
+model = Net()
+config = TracerConfig(commit_interval_s=0.005)
+tracer = ClassificationTracer(model, "net", "v1", {"hidden": "body"}, config=config)
+stop, counts = False, [0, 0]
+
+def train(thread):
+    while not stop:
+        tracer(*batch(4, 2 * counts[thread] + thread), n_epoch=counts[thread] % 3)
+        counts[thread] += 1
+
+def child(version):
+    faulthandler.dump_traceback_later(30, exit=True)
+    tracer(*batch(4, 0))
+    with ClassificationTracer(model, "net", version, {"hidden": "body"}, config=config) as mine:
+        for i in range(10):
+            mine(*batch(4, i), n_epoch=i % 2)
+    assert mine.stats().rows_committed == 40
+
+threads = [threading.Thread(target=train, args=(t,)) for t in range(2)]
+for thread in threads:
+    thread.start()
+for number in range(10):
+    time.sleep(0.02 * random.random())
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            child(f"c{number}")
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0, number
+stop = True
+for thread in threads:
+    thread.join()
+tracer.close()
+stats = tracer.stats()
+check_law(stats)
+assert stats.rows_committed == 4 * sum(counts) == rows_of()
+assert [rows_of("net", f"c{number}") for number in range(10)] == [40] * 10
+"""
+
+
+def test_forks_at_any_moment_while_threads_record_leave_parent_and_children_sound(
+    run_child: Any, store: Path
+) -> None:
+    run_child(FORKS)
+    assert verify_segments(store) >= 11
+
+
+KILLS = """
+import os, random, signal, struct, sys, time
+from contract_models import Net, batch
+from ml_debugger import TracerConfig
+from ml_debugger.training import ClassificationTracer
+
+random.seed(int(sys.argv[2]))
+ledger = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR)
+ROUNDS = 15
+os.ftruncate(ledger, 8 * ROUNDS)
+
+def record(number):
+    durability = "power" if number % 2 else "process"
+    config = TracerConfig(durability=durability, commit_interval_s=0.003)
+    tracer = ClassificationTracer(Net(), "net", f"r{number}", {"hidden": "body"}, config=config)
+    call = 0
+    while True:
+        for _ in range(5):
+            tracer(*batch(4, call), n_epoch=call % 3)
+            call += 1
+        tracer.flush()
+        os.pwrite(ledger, struct.pack("<q", call), 8 * number)
+
+for number in range(ROUNDS):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            record(number)
+        finally:
+            os._exit(1)
+    time.sleep(0.25 * random.random())
+    os.kill(pid, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL, "the recorder ended by itself"
+"""
+
+
+def test_kill_9_at_any_moment_keeps_all_that_was_flushed_and_only_whole_calls(
+    run_child: Any, make_tracer: Any, store: Path
+) -> None:
+    ledger = store.parent / "ledger"
+    run_child(KILLS, ledger, 11)
+    flushed = np.fromfile(ledger, dtype="<i8")
+    assert flushed.max() > 0
+    body = Net().body
+    for number, calls in enumerate(flushed.tolist()):
+        version = f"r{number}"
+        before = rows_of("net", version)
+        assert before % 4 == 0 and before >= 4 * calls
+        durability = "power" if number % 2 else "process"
+        tracer = make_tracer(version=version, config=TracerConfig(durability=durability))
+        tracer(*batch(4, 10_000))
+        tracer.close()
+        stored = by_id(open_trace("net", version).tensors("extracted_feature"), "hidden")
+        assert len(stored) == before + 4
+        seen = sorted({int(key[1:].split("-")[0]) for key in stored})
+        assert seen[: before // 4] == list(range(before // 4)), "calls of one thread are committed in order"
+        for call in seen:
+            x, _, ids = batch(4, call)
+            expected = body(x).detach()
+            assert [raw_bytes(stored[key]) for key in ids] == [raw_bytes(row) for row in expected]
+    assert verify_segments(store) >= 15

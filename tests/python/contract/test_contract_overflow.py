@@ -176,6 +176,7 @@ def test_discard_loses_whole_calls_counts_them_and_marks_the_gap(
     assert stats.rows_discarded >= 90, "60 calls of 96 KiB cannot fit into 1 MiB"
     assert sum(stats.discarded_by_cause.values()) == stats.rows_discarded
     gate.open()
+    tracer.flush()
     send(tracer, 61, rows=3, floats=FLOATS // 2)
     tracer.flush()
     stats = tracer.stats()
