@@ -1,4 +1,4 @@
-"""The C++ core: byte ring, writer thread, store. Private; the public face is in the Python modules that import it."""
+"""The C++ core: byte ring, writer thread, store. Private; the public face is in the Python modules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
@@ -12,7 +12,7 @@ MAX_ATTEMPTS: int
 
 @final
 class Store:
-    """The write side of one (trace, rank): its lock and its partitions; shared by path within a process."""
+    """The write side of one (trace, rank): lock and partitions; shared by path within a process."""
 
     def __init__(
         self,
@@ -23,9 +23,9 @@ class Store:
         max_bytes: int | None = None,
         segment_bytes: int = 4 << 30,
     ) -> None:
-        """Take the writer lock of ``directory`` (made if missing), or share it with this process's other handles.
+        """Take the writer lock of ``directory`` (made if missing), or share it with handles of this process.
 
-        Raises TraceInUseError (another process writes there), StorageError (unwritable, full, network filesystem),
+        Raises TraceInUseError (another process writes there), StorageError (unwritable, full, on a network),
         InvalidInputError (shared with other ``durability`` or ``max_bytes``).
         """
 
@@ -46,10 +46,10 @@ class Store:
         commit_interval_s: float,
         stall_timeout_s: float,
     ) -> Recorder:
-        """Open the recording side of one attempt; starts the process's ring and writer thread when it is the first."""
+        """Open the recording side of one attempt; the first one starts the ring and the writer thread."""
 
     def drop_epoch(self, epoch: int, *, attempt: int | None, timeout_s: float) -> tuple[int, int]:
-        """Delete an epoch (-1: rows without one) of this rank; returns (feature rows, ground-truth rows) deleted."""
+        """Delete an epoch (-1: rows without one) of this rank; returns its (feature, ground-truth) rows."""
 
     def drop_all(self, *, timeout_s: float) -> None:
         """Delete every epoch of this rank."""
@@ -72,7 +72,7 @@ class Recorder:
         """True when the writer has given up on this attempt's storage."""
 
     def begin_call(self, epoch: int, batch_size: int) -> int:
-        """Start the calling thread's call (epoch -1: none) and return its number, counted from 0 in this attempt.
+        """Start the calling thread's call (epoch -1: none); returns its number in the attempt, from 0.
 
         Raises StorageError when the writer has failed and ``on_error="raise"``.
         """
@@ -84,7 +84,7 @@ class Recorder:
         """Copy bytes into the current call, listed by ``captures`` as dtype ``uint8`` with shape ``(n,)``."""
 
     def captures(self) -> list[tuple[int, str, tuple[int, ...]]]:
-        """(column, dtype, shape) of the current call's captures, in order; the index is the capture number."""
+        """(column, dtype, shape) of the current call's captures; the index is the capture number."""
 
     def end_call(self, description: bytes, rows: int, ground_truth_rows: int) -> bool:
         """Hand the call over with its msgpack description; False if it was discarded or failed (counted)."""
@@ -115,19 +115,23 @@ class Recorder:
 
 @final
 class CaptureHook:
-    """Forward hook of one column: copies the layer's output into the calling thread's current call, if it has one."""
+    """Forward hook of one column: copies the layer's output into the calling thread's call, if it has one."""
 
-    def __init__(
-        self, recorder: Recorder, column: int, prepare: Callable[[Any], Any], *, always_prepare: bool = False
-    ) -> None:
-        """``prepare(output)`` turns any output into the tensor to store; skipped for a plain, dense tensor whose
-        first dimension is the batch size, unless ``always_prepare``."""
+    def __new__(
+        cls, recorder: Recorder, column: int, prepare: Callable[[Any], Any], *, always_prepare: bool = False
+    ) -> CaptureHook:
+        """``prepare(output)`` turns any output into the tensor to store.
 
-    def __call__(self, module: Any, args: Any, output: Any) -> None: ...
+        It is skipped, unless ``always_prepare``, for a dense tensor whose first dimension is the batch.
+        """
+
+    def __call__(self, module: Any, args: Any, output: Any = ...) -> None: ...
+    def __copy__(self) -> Callable[..., None]: ...
+    def __deepcopy__(self, memo: object, /) -> Callable[..., None]: ...
 
 @final
 class Segment:
-    """Read access to one LMDB segment; the handle is shared with the writer when it is live in this process."""
+    """Read access to one LMDB segment; the handle is shared with a writer in this process."""
 
     def __init__(self, path: str, *, sealed: bool) -> None:
         """Open for reading; NotFoundError if it is gone, CorruptDataError if it is not a segment."""
@@ -139,7 +143,7 @@ class Segment:
         """(key, value) of up to ``limit`` headers behind key ``after``, in key order, checksums verified."""
 
     def read(self, chunks: Sequence[tuple[int, int, int, int]], out: Buffer) -> None:
-        """Copy chunks (key, offset in ``out``, bytes, crc32c) into ``out`` in one transaction, without the GIL.
+        """Copy chunks (key, offset in ``out``, bytes, crc32c) to ``out``: one transaction, without the GIL.
 
         Raises CorruptDataError on a wrong length or checksum.
         """

@@ -270,6 +270,6 @@ def _raise_losses(discarded: int, failed: int) -> None:
         )
     if discarded:
         raise RingOverflowError(
-            f"{discarded} rows were discarded since the last wait_for_save; stats().discarded_by_cause tells why",
+            f"{discarded} rows were discarded since the last wait_for_save (stats().discarded_by_cause)",
             'raise TracerConfig.ring_bytes, or use overflow="block"',
         )

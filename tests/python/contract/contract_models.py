@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ml_debugger import errors, open_trace
+from ml_debugger import TracerConfig, errors, open_trace
 
 TABLES = ("extracted_feature", "ground_truth")
 LAW = ("submitted", "committed", "discarded", "failed", "in_flight")
@@ -169,3 +169,17 @@ def same_array(left: Any, right: Any) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return bool(np.array_equal(left, right, equal_nan=left.dtype.kind in "fc"))
+
+
+RING = 1 << 20
+FLOATS = 1 << 14  # 64 KiB a row
+
+
+def send(tracer: Any, call: int, rows: int = 1, floats: int = FLOATS, **kwargs: Any) -> None:
+    """One call whose rows all hold the number of the call."""
+    carry(tracer, torch.full((rows, floats), float(call)), [f"{call}-{i}" for i in range(rows)], **kwargs)
+
+
+def small_ring(**kwargs: Any) -> TracerConfig:
+    """A ring of 1 MiB and quick commits."""
+    return TracerConfig(ring_bytes=RING, commit_interval_s=0.05, **kwargs)
