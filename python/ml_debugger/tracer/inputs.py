@@ -45,7 +45,7 @@ def parse_ids(input_ids: Any) -> list[str]:
         raise InvalidInputError("input_ids hold a NUL character", "use ids without NUL")
     if not text.isascii():
         _check_encodable(ids)
-    return ids if type(ids) is list else list(ids)
+    return list(ids)  # the forward may change the caller's
 
 
 def _ids_of_array(input_ids: Any) -> list[Any]:
@@ -227,3 +227,25 @@ def _list_array(values: Any) -> np.ndarray[Any, Any]:
             "ground_truth holds an int wider than 64 bits or mixes types", "use class numbers"
         )
     return array
+
+
+def check_flag(value: object, name: str) -> bool:
+    """Return ``value`` if it is a bool."""
+    if not isinstance(value, bool):
+        raise InvalidTypeError(
+            f"{name} must be a bool, got {type(value).__name__} {value!r}", "pass True or False"
+        )
+    return value
+
+
+def check_seconds(value: object, name: str) -> float:
+    """Return ``value`` if it is a number of seconds >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(
+            f"{name} must be a number of seconds, got {type(value).__name__}", "pass a float"
+        )
+    if not 0 <= value < float("inf"):
+        raise InvalidInputError(
+            f"{name} must be at least 0 and finite, got {value}", "pass a number of seconds"
+        )
+    return float(value)

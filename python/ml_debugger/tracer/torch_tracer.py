@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import msgpack
 import torch
 
 from ml_debugger.config import TracerConfig
@@ -22,22 +21,30 @@ from ml_debugger.errors import (
 )
 from ml_debugger.stats import TracerStats
 from ml_debugger.store.layout import VersionInfo, check_name
-from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, parse_values, select_labels
+from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, parse_values
 from ml_debugger.tracer.description import CapturedColumn, Columns
 from ml_debugger.tracer.fields import FieldValue, parse_fields
 from ml_debugger.tracer.fingerprint import fingerprint
 from ml_debugger.tracer.head import Head, HeadSearch
 from ml_debugger.tracer.hooks import HookSet, warn_about_fused_layers
-from ml_debugger.tracer.inputs import Labels, check_dataset_type, check_epoch, parse_ids, parse_labels
+from ml_debugger.tracer.inputs import (
+    Labels,
+    check_dataset_type,
+    check_epoch,
+    check_flag,
+    check_seconds,
+    parse_ids,
+    parse_labels,
+)
 from ml_debugger.tracer.layers import Layer, resolve_layers
 from ml_debugger.tracer.names import check_column_name, check_column_names
-from ml_debugger.tracer.outputs import find_logits, iterate_tensors, select_rows
+from ml_debugger.tracer.outputs import find_logits, iterate_tensors
+from ml_debugger.tracer.retention import Retention
+from ml_debugger.tracer.rows import RowWriter, device_of, tensor_from_bytes
 from ml_debugger.tracer.sampling import SampleFilter
 from ml_debugger.tracer.session import TraceSession
 
 HEAD_ALIAS = "features"
-
-_pack = msgpack.packb
 
 
 class TorchTracer:
@@ -96,6 +103,7 @@ class TorchTracer:
         self._state = ThreadState()
         self._closed = False
         self._session: TraceSession | None = None
+        self._retention: Retention | None = None
         self._prepare_columns(target_layers)
         self._prepare_calls()
         if self._config.mode == "enabled" and self._config.rank >= 0:
@@ -136,7 +144,6 @@ class TorchTracer:
         # A subclass that takes parsing over may read, change or add keywords: then they are checked where
         # they end up.
         self._checks_early = type(self)._parse_and_save_io_data is TorchTracer._parse_and_save_io_data
-        self._seen_epochs: set[int] = set()
         self._warned = False
 
     def _open(self, recreate: bool) -> None:
@@ -153,6 +160,9 @@ class TorchTracer:
         session = TraceSession(self._config, self._config.rank, info, recreate=recreate)
         self._session = session
         self._recorder = session.recorder
+        self._rows = RowWriter(session.recorder, self._columns)
+        keep = self._config.keep_epochs
+        self._retention = None if keep is None else Retention(session, keep)
         self._hooks = HookSet(self._config, self._state)
         self._head_search = search
         self._head_lock = threading.Lock()
@@ -290,8 +300,8 @@ class TorchTracer:
             state.call, state.batch_size, state.rows = None, 0, None
         if not accepted:
             self._warn_of_failure()
-        elif self._config.keep_epochs is not None and call.epoch not in self._seen_epochs:
-            self._drop_older_epochs(call.epoch)
+        elif self._retention is not None:
+            self._retention.keep(call.epoch)
         return output
 
     def _forward_and_find_head(self, search: HeadSearch, model_input: Any, call: TracedCall) -> Any:
@@ -352,7 +362,8 @@ class TorchTracer:
             values = self._parse_values(kwargs, has_labels, call)
             labels = self._parse_labels(ground_truth, call.batch_size) if has_labels else None
         logits = self._parse_output(model_output, call.batch_size)
-        self._save(call, ids, logits, values, labels)
+        call.description, self._state.captured = self._rows.save(call, ids, logits, values, labels)
+        call.ground_truth_rows = 0 if labels is None else call.stored_rows
 
     def _take_call_keywords(self, call: TracedCall, keywords: dict[str, Any]) -> list[str]:
         """Take ids, dataset type and epoch out of ``keywords``; a subclass may have changed them."""
@@ -383,50 +394,6 @@ class TorchTracer:
         """The tensor to store as ``logits``, its samples along dimension 0; None records no such column."""
         return None
 
-    def _save(
-        self,
-        call: TracedCall,
-        ids: list[str],
-        logits: torch.Tensor | None,
-        values: list[FieldValue],
-        labels: Labels | None,
-    ) -> None:
-        recorder, columns = self._recorder, self._columns
-        if logits is not None:
-            recorder.capture(columns.logits, select_rows(logits, call.rows))
-        later = None
-        if labels is not None:
-            labels = select_labels(labels, call.rows)
-            if isinstance(labels.values, torch.Tensor):
-                recorder.capture(columns.label, labels.values)
-            else:
-                later = labels
-        description = columns.describe(
-            call.dataset_type,
-            recorder.captures(),
-            values,
-            None if later is None else (later.dtype, later.shape),
-            has_labels=labels is not None,
-        )
-        recorder.capture_buffer(columns.input_id, _pack(ids))
-        if later is not None:
-            recorder.capture_buffer(columns.label, _buffer_of(later.values))
-        if values:
-            self._save_values(values)
-        self._state.captured = description.captured
-        call.ground_truth_rows = 0 if labels is None else call.stored_rows
-        call.description = description.packed
-
-    def _save_values(self, values: list[FieldValue]) -> None:
-        recorder = self._recorder
-        for column, value in enumerate(values, self._columns.first_field):
-            if isinstance(value.payload, torch.Tensor):
-                recorder.capture(column, value.payload)
-            else:
-                recorder.capture_buffer(column, _buffer_of(value.payload))
-            if value.shapes is not None:
-                recorder.capture_buffer(column, _buffer_of(value.shapes))
-
     # After the call
 
     def _warn_of_failure(self) -> None:
@@ -438,21 +405,6 @@ class TorchTracer:
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-    def _drop_older_epochs(self, epoch: int) -> None:
-        """Keep the ``keep_epochs`` newest epochs, this one included; rows without an epoch stay."""
-        self._seen_epochs.add(epoch)
-        session, keep = self._session, self._config.keep_epochs
-        if epoch < 0 or session is None or keep is None:
-            return
-        present = {epoch, *session.epochs(), *self._seen_epochs} - {-1}
-        older = sorted(other for other in present if other < epoch)
-        dropped = older[: max(0, len(present) - keep)]
-        if dropped:
-            session.flush(None)  # rows on their way would bring the epoch back
-        for other in dropped:
-            session.drop_epoch(other, None)
-            self._seen_epochs.discard(other)
 
     def get_hooked_features(self, layer_name: str) -> torch.Tensor:
         """Return what this thread's last call (or the current one) captured for an alias.
@@ -478,7 +430,7 @@ class TorchTracer:
             )
         capture, dtype, shape = captured[layer_name]
         module = self._modules.get(layer_name, self._modules.get(layer_name.rpartition(".")[0]))
-        return _as_tensor(self._recorder.read_back(capture), dtype, shape).to(_device_of(module))
+        return tensor_from_bytes(self._recorder.read_back(capture), dtype, shape).to(device_of(module))
 
     def _captured_now(self) -> dict[str, CapturedColumn]:
         if self._state.captured is not None:
@@ -563,43 +515,3 @@ def _release(session: TraceSession, hooks: HookSet) -> None:
     """What happens to a tracer that is dropped without ``close()``."""
     hooks.remove()
     session.close_quietly()
-
-
-def _buffer_of(values: Any) -> bytes | memoryview:
-    """What the core copies: packed bytes, or the memory of a C-contiguous array."""
-    return values if isinstance(values, bytes) else values.data
-
-
-def _as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    kind: torch.dtype = getattr(torch, dtype)
-    if not data:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(data, dtype=torch.uint8).view(kind).reshape(shape)
-
-
-def _device_of(module: torch.nn.Module | None) -> torch.device:
-    """Where a layer computes; the core's copy lies on the host."""
-    parameter = None if module is None else next(itertools.chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def check_flag(value: object, name: str) -> bool:
-    """Return ``value`` if it is a bool."""
-    if not isinstance(value, bool):
-        raise InvalidTypeError(
-            f"{name} must be a bool, got {type(value).__name__} {value!r}", "pass True or False"
-        )
-    return value
-
-
-def check_seconds(value: object, name: str) -> float:
-    """Return ``value`` if it is a number of seconds >= 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(
-            f"{name} must be a number of seconds, got {type(value).__name__}", "pass a float"
-        )
-    if not 0 <= value < float("inf"):
-        raise InvalidInputError(
-            f"{name} must be at least 0 and finite, got {value}", "pass a number of seconds"
-        )
-    return float(value)

@@ -20,9 +20,9 @@ from ml_debugger.errors import (
     TraceStallError,
     UploadError,
 )
-from ml_debugger.tracer.inputs import require_epoch, select_epoch
+from ml_debugger.tracer.inputs import check_flag, check_seconds, require_epoch, select_epoch
 from ml_debugger.tracer.session import TraceSession
-from ml_debugger.tracer.torch_tracer import TorchTracer, check_flag, check_seconds
+from ml_debugger.tracer.torch_tracer import TorchTracer
 from ml_debugger.uploading import UploadReport, require_endpoint
 
 __all__ = ["TrainingTracer"]
@@ -207,7 +207,8 @@ class TrainingTracer(TorchTracer):
         self.flush()
         if self._session is None:
             return {"extracted_feature": 0}
-        self._seen_epochs.discard(epoch)
+        if self._retention is not None:
+            self._retention.forget(epoch)
         return self._session.drop_epoch(epoch, only)
 
     def drop_version_data(self) -> None:
@@ -218,7 +219,8 @@ class TrainingTracer(TorchTracer):
         """
         self.flush()
         if self._session is not None:
-            self._seen_epochs.clear()
+            if self._retention is not None:
+                self._retention.forget(None)
             self._session.drop_all()
 
 

@@ -1,5 +1,6 @@
-"""Contract 3 and 8 under adverse conditions in one process: signals between any two bytecodes, close, export
-and drop from other threads, nested tracers, odd layouts and names, many epochs, a changed working directory."""
+"""Contract 3 and 8 under adverse conditions in one process: signals between any two bytecodes, close,
+export and drop from other threads, nested tracers, odd layouts and names, many epochs, a changed working
+directory."""
 
 from __future__ import annotations
 

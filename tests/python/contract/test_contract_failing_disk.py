@@ -1,5 +1,5 @@
-"""Contract 2 and 3, storage that fails: on_error "raise" and "warn", wait_for_save after a failure, a disk that is
-full for a while and one that stays full."""
+"""Contract 2 and 3, storage that fails: on_error "raise" and "warn", wait_for_save after a failure, a
+disk that is full for a while and one that stays full."""
 
 from __future__ import annotations
 

@@ -1,23 +1,32 @@
-"""Contract 2 and 3: overflow "block", "discard", "raise"; a call larger than the ring; stall_timeout_s; flush of
-a stuck writer. The writer is held up by the write lock of its own segment, not by a sleep."""
+"""Contract 2 and 3: overflow "block", "discard", "raise"; a call larger than the ring; stall_timeout_s;
+flush of a stuck writer. The writer is held up by the write lock of its own segment, not by a sleep."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contract_models import by_id, carrier_tracer, carry, check_law, disk_bytes, refused, rows_of
+from contract_models import (
+    FLOATS,
+    RING,
+    by_id,
+    carrier_tracer,
+    carry,
+    check_law,
+    refused,
+    rows_of,
+    send,
+    small_ring,
+)
 
-from ml_debugger import TracerConfig, errors, open_trace
+from ml_debugger import errors, open_trace
 
 
 def stored_calls() -> dict[str, float]:

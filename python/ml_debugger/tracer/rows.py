@@ -1,0 +1,103 @@
+"""Hands the rows of one call over to the core, and turns what the core gives back into tensors again."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import msgpack
+import torch
+
+from ml_debugger import _core
+from ml_debugger.tracer.call import TracedCall, select_labels
+from ml_debugger.tracer.description import CallDescription, Columns
+from ml_debugger.tracer.fields import FieldValue
+from ml_debugger.tracer.inputs import Labels
+from ml_debugger.tracer.outputs import select_rows
+
+_pack = msgpack.packb
+
+
+class RowWriter:
+    """Copies everything of a call but what the hooks have captured already.
+
+    Args:
+        recorder: Takes the bytes.
+        columns: Numbers and describes them.
+    """
+
+    def __init__(self, recorder: _core.Recorder, columns: Columns) -> None:
+        self._recorder = recorder
+        self._columns = columns
+
+    def save(
+        self,
+        call: TracedCall,
+        ids: list[str],
+        logits: torch.Tensor | None,
+        values: list[FieldValue],
+        labels: Labels | None,
+    ) -> CallDescription:
+        """Copy the rest of a call and describe all of it.
+
+        Args:
+            call: The call.
+            ids: Of the rows to store.
+            logits: Of all samples, along dimension 0; None stores no such column.
+            values: Additional fields, and label fields if there are labels.
+            labels: Of all samples; None for none.
+
+        Raises:
+            AliasNotCapturedError: A traced layer did not run.
+        """
+        recorder, columns = self._recorder, self._columns
+        if logits is not None:
+            recorder.capture(columns.logits, select_rows(logits, call.rows))
+        later = None
+        if labels is not None:
+            labels = select_labels(labels, call.rows)
+            if isinstance(labels.values, torch.Tensor):
+                recorder.capture(columns.label, labels.values)
+            else:
+                later = labels
+        # The core lists buffers as bytes; only we know what they are, so they follow what it describes itself.
+        description = columns.describe(
+            call.dataset_type,
+            recorder.captures(),
+            values,
+            None if later is None else (later.dtype, later.shape),
+            has_labels=labels is not None,
+        )
+        recorder.capture_buffer(columns.input_id, _pack(ids))
+        if later is not None:
+            recorder.capture_buffer(columns.label, _buffer_of(later.values))
+        for column, value in enumerate(values, columns.first_field):
+            self._save_value(column, value)
+        return description
+
+    def _save_value(self, column: int, value: FieldValue) -> None:
+        if isinstance(value.payload, torch.Tensor):
+            self._recorder.capture(column, value.payload)
+        else:
+            self._recorder.capture_buffer(column, _buffer_of(value.payload))
+        if value.shapes is not None:
+            self._recorder.capture_buffer(column, _buffer_of(value.shapes))
+
+
+def _buffer_of(values: Any) -> bytes | memoryview:
+    """What the core copies: packed bytes, or the memory of a C-contiguous array."""
+    return values if isinstance(values, bytes) else values.data
+
+
+def tensor_from_bytes(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A CPU tensor over ``data``; ``dtype`` is torch's name of it."""
+    kind: torch.dtype = getattr(torch, dtype)
+    if not data:
+        return torch.empty(shape, dtype=kind)
+    return torch.frombuffer(data, dtype=torch.uint8).view(kind).reshape(shape)
+
+
+def device_of(module: torch.nn.Module | None) -> torch.device:
+    """Where a layer computes; the core's copy lies on the host."""
+    parameter = None if module is None else next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if parameter is None else parameter.device
