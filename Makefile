@@ -14,7 +14,7 @@ export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 
-.PHONY: help build test test-core test-python demo asan tsan lint format types docs clean
+.PHONY: help build test test-core test-python soak demo asan tsan lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these words
@@ -58,6 +58,9 @@ format: build ## let ruff and clang-format rewrite the sources
 types: build ## mypy --strict on the package, and the extension against its stub
 	@"$(PY)" -m mypy
 	@MYPYPATH=python "$(PY)" -m mypy.stubtest ml_debugger._core --mypy-config-file pyproject.toml --allowlist tests/stubtest_allowlist.txt
+
+soak: build ## the long runs: memory, handles and threads over 10^5 calls (minutes)
+	@$(PYTEST) -m soak -o faulthandler_timeout=0 tests/python $(ARGS)
 
 docs: build ## the API reference as HTML, in build/docs
 	@"$(PY)" -m pdoc --docformat google --output-directory build/docs ml_debugger

@@ -11,6 +11,8 @@ set(MLD_CORE_SOURCES
     csrc/store/partition.cpp
     csrc/store/store.cpp
     csrc/store/segment_reader.cpp
+    csrc/capture/attempt.cpp
+    csrc/capture/thread_call.cpp
     csrc/capture/recorder.cpp
     csrc/writer/writer.cpp
     csrc/writer/runtime.cpp)

@@ -90,7 +90,7 @@ bool close(Recorder& recorder, double timeout_s) {
 }
 
 py::dict counters(const Recorder& recorder) {
-  const Ledger& ledger = recorder.ledger();
+  const Ledger& ledger = recorder.attempt().ledger();
   const Counters counters = recorder.is_inert() ? ledger.inherited() : ledger.snapshot();
   py::dict by_cause;
   for (std::size_t cause = 0; cause < kLossCauseNames.size(); ++cause) {
@@ -142,10 +142,11 @@ std::chrono::nanoseconds to_duration(double seconds) {
 void bind_recorder(py::module_& module) {
   py::class_<Recorder, std::shared_ptr<Recorder>>(module, "Recorder", py::is_final(),
                                                   "Private; see ml_debugger.tracer.TorchTracer.")
-      .def_property_readonly("attempt",
-                             [](const Recorder& recorder) { return recorder.options().attempt; })
+      .def_property_readonly(
+          "attempt", [](const Recorder& recorder) { return recorder.attempt().options().attempt; })
       .def_property_readonly("inert", &Recorder::is_inert)
-      .def_property_readonly("failed", &Recorder::is_failed)
+      .def_property_readonly(
+          "failed", [](const Recorder& recorder) { return recorder.attempt().is_failed(); })
       .def(
           "begin_call",
           [](Recorder& recorder, std::int64_t epoch, std::uint32_t batch_size) {
@@ -165,7 +166,7 @@ void bind_recorder(py::module_& module) {
       .def("flush", &flush, py::arg("timeout_s"))
       .def("raise_failure",
            [](const Recorder& recorder) {
-             if (!recorder.is_inert()) recorder.raise_failure();
+             if (!recorder.is_inert()) recorder.attempt().raise_failure();
            })
       .def("counters", &counters)
       .def("close", &close, py::arg("timeout_s"));

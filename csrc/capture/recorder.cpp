@@ -3,31 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include "capture/record.h"
+#include "ring/record.h"
 #include "writer/runtime.h"
 
 namespace mld {
 namespace {
-
-struct ThreadEntry {
-  std::uint32_t recorder_id;
-  std::weak_ptr<Recorder> recorder;
-  std::unique_ptr<ThreadCall> call;
-};
-
-// One or two entries: the tracers that this thread has called and that still live.
-thread_local std::vector<ThreadEntry> t_entries;
-
-ThreadCall& call_of_this_thread(const std::shared_ptr<Recorder>& recorder) {
-  for (ThreadEntry& entry : t_entries) {
-    if (entry.recorder_id == recorder->id()) return *entry.call;
-  }
-  t_entries.erase(std::remove_if(t_entries.begin(), t_entries.end(),
-                                 [](const ThreadEntry& entry) { return entry.recorder.expired(); }),
-                  t_entries.end());
-  t_entries.push_back({recorder->id(), recorder, std::make_unique<ThreadCall>()});
-  return *t_entries.back().call;
-}
 
 // After its deadline a close still tries this long, so that close(0) of an idle tracer succeeds.
 constexpr auto kLeastWait = std::chrono::milliseconds(200);
@@ -74,38 +54,11 @@ class StallClock {
 
 }  // namespace
 
-void ThreadCall::begin(std::shared_ptr<Runtime> new_runtime, std::uint64_t new_number,
-                       std::int64_t new_epoch, std::uint32_t new_batch_size) {
-  state = State::kOpen;
-  fate = Fate::kStored;
-  runtime = std::move(new_runtime);
-  number = new_number;
-  epoch = new_epoch;
-  batch_size = new_batch_size;
-  bytes = 0;
-  captures.clear();
-  dims.clear();
-  pieces.clear();
-}
-
-void ThreadCall::end(State new_state) {
-  state = new_state;
-  runtime.reset();
-}
-
-Recorder::Recorder(std::uint32_t id, std::shared_ptr<Runtime> runtime, const StoreUse& store,
-                   const RecorderOptions& options)
-    : id_(id),
-      options_(options),
-      store_(store.state()),
-      runtime_(std::move(runtime)),
-      use_(store) {}
-
 std::shared_ptr<Recorder> Recorder::open(const StoreUse& store, const RecorderOptions& options) {
   auto runtime = Runtime::acquire(options.ring_bytes);
-  auto recorder = std::make_shared<Recorder>(Runtime::next_recorder_id(), runtime, store, options);
-  runtime->attach(recorder);
-  return recorder;
+  auto attempt = std::make_shared<AttemptState>(Runtime::next_attempt_id(), store, options);
+  runtime->attach(attempt);
+  return std::make_shared<Recorder>(std::move(runtime), std::move(attempt));
 }
 
 std::shared_ptr<Runtime> Recorder::runtime() const {
@@ -114,18 +67,7 @@ std::shared_ptr<Runtime> Recorder::runtime() const {
   return runtime_;
 }
 
-std::size_t Recorder::ring_high_water_bytes() const noexcept {
-  return high_water_bytes_.load(std::memory_order_relaxed);
-}
-
-ThreadCall* Recorder::last_call() noexcept {
-  for (ThreadEntry& entry : t_entries) {
-    if (entry.recorder_id == id_) return entry.call.get();
-  }
-  return nullptr;
-}
-
-ThreadCall* Recorder::current_call() noexcept {
+ThreadCall* Recorder::current_call() const noexcept {
   ThreadCall* call = last_call();
   return call != nullptr && call->state == ThreadCall::State::kOpen ? call : nullptr;
 }
@@ -133,15 +75,17 @@ ThreadCall* Recorder::current_call() noexcept {
 std::uint64_t Recorder::begin_call(std::int64_t epoch, std::uint32_t batch_size) {
   if (closed_.load(std::memory_order_acquire)) throw closed_error();
   auto ring_owner = runtime();
-  if (is_failed() && options_.on_error == OnError::kRaise) raise_failure();
-  ThreadCall& call = call_of_this_thread(shared_from_this());
+  if (attempt_->is_failed() && attempt_->options().on_error == OnError::kRaise) {
+    attempt_->raise_failure();
+  }
+  ThreadCall& call = make_thread_call(attempt_->id(), shared_from_this());
   if (call.state == ThreadCall::State::kOpen) {
     throw Error(ErrorKind::kInvalidInput, "this thread is inside another call of the same tracer",
                 "do not call a tracer from within the model that it traces");
   }
   call.begin(std::move(ring_owner), next_call_.fetch_add(1, std::memory_order_relaxed), epoch,
              batch_size);
-  if (is_failed()) call.fate = ThreadCall::Fate::kFailed;
+  if (attempt_->is_failed()) call.fate = ThreadCall::Fate::kFailed;
   return call.number;
 }
 
@@ -155,7 +99,7 @@ void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype
   call.bytes += bytes;  // counted for lost calls too
   RecordHeader header{};
   header.kind = RecordKind::kChunk;
-  header.recorder = id_;
+  header.attempt = attempt_->id();
   header.call = call.number;
   header.epoch = call.epoch;
   header.capture = number;
@@ -190,11 +134,12 @@ bool Recorder::reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot
                             WaitHooks& hooks) {
   Runtime& runtime = *call.runtime;
   Ring& ring = runtime.ring();
-  if (options_.overflow == OverflowPolicy::kDiscard) {
+  const RecorderOptions& options = attempt_->options();
+  if (options.overflow == OverflowPolicy::kDiscard) {
     runtime.wake();
     return lose(call, LossCause::kRingFull);
   }
-  if (options_.overflow == OverflowPolicy::kRaise) {
+  if (options.overflow == OverflowPolicy::kRaise) {
     runtime.wake();
     throw Error(ErrorKind::kRingOverflow,
                 "the ring of " + std::to_string(ring.capacity_bytes()) +
@@ -202,20 +147,21 @@ bool Recorder::reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot
                     " wait to be written and " + std::to_string(slot_bytes) + " more came",
                 "raise TracerConfig.ring_bytes, or choose overflow=\"block\" or \"discard\"");
   }
-  const StallClock stall(ledger_);
+  const StallClock stall(attempt_->ledger());
   for (;;) {
     const std::uint64_t seen = runtime.progress();
     if (ring.try_reserve(slot_bytes, slot)) return true;
-    if (is_failed()) {
+    if (attempt_->is_failed()) {
       call.fate = ThreadCall::Fate::kFailed;
       return false;
     }
-    if (stall.elapsed() >= options_.stall_timeout) {
-      if (options_.on_error == OnError::kWarn) return lose(call, LossCause::kStall);
+    if (stall.elapsed() >= attempt_->options().stall_timeout) {
+      if (attempt_->options().on_error == OnError::kWarn) return lose(call, LossCause::kStall);
       throw Error(
           ErrorKind::kTraceStall,
           "the ring stayed full for stall_timeout_s=" +
-              std::to_string(std::chrono::duration<double>(options_.stall_timeout).count()) +
+              std::to_string(
+                  std::chrono::duration<double>(attempt_->options().stall_timeout).count()) +
               ": the disk does not take what is recorded",
           "look at the disk, raise TracerConfig.stall_timeout_s, or choose overflow=\"discard\"");
     }
@@ -239,9 +185,10 @@ void Recorder::note_high_water(Ring& ring) noexcept {
 }
 
 void Recorder::check_budget(const ThreadCall& call) const {
-  const auto& max_bytes = store_->options().max_bytes;
+  const auto& max_bytes = attempt_->store().options().max_bytes;
   if (!max_bytes) return;
-  const std::uint64_t used = store_->disk_bytes() + ledger_.snapshot().bytes_in_flight;
+  const std::uint64_t used =
+      attempt_->store().disk_bytes() + attempt_->ledger().snapshot().bytes_in_flight;
   if (used + call.bytes <= *max_bytes) return;
   throw Error(ErrorKind::kDiskBudget,
               "the trace takes " + std::to_string(used) + " bytes and this call " +
@@ -274,18 +221,18 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
   Reservation<std::uint64_t> reservation(runtime.ring(), slot);
   RecordHeader header{};
   header.kind = RecordKind::kCall;
-  header.recorder = id_;
+  header.attempt = attempt_->id();
   header.call = call->number;
   header.epoch = call->epoch;
   header.payload_bytes = description.size();
   header.rows = rows;
   header.ground_truth_rows = ground_truth_rows;
-  header.first_row = compose_row_id(store_->options().rank, options_.attempt,
+  header.first_row = compose_row_id(attempt_->store().options().rank, attempt_->options().attempt,
                                     next_row_.fetch_add(rows, std::memory_order_relaxed));
   header.call_bytes = call->bytes;
   std::memcpy(slot.data, &header, sizeof header);
   std::memcpy(slot.data + sizeof header, description.data(), description.size());
-  ledger_.submit(rows, call->bytes);  // before the writer can count it as committed
+  attempt_->ledger().submit(rows, call->bytes);  // before the writer can count it as committed
   reservation.publish();
   runtime.note_published();
   call->end(ThreadCall::State::kEnded);
@@ -294,13 +241,13 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
 
 void Recorder::count_lost(ThreadCall& call, std::uint64_t rows) {
   if (call.fate == ThreadCall::Fate::kFailed) {
-    ledger_.submit_failed(rows, call.bytes);
+    attempt_->ledger().submit_failed(rows, call.bytes);
     call.end(ThreadCall::State::kEnded);
-    if (options_.on_error == OnError::kRaise) raise_failure();
+    if (attempt_->options().on_error == OnError::kRaise) attempt_->raise_failure();
     return;
   }
   note_loss(call, rows);
-  ledger_.submit_discarded(rows, call.bytes, call.cause);
+  attempt_->ledger().submit_discarded(rows, call.bytes, call.cause);
   call.end(ThreadCall::State::kEnded);
 }
 
@@ -314,39 +261,13 @@ void Recorder::abort_call() {
 void Recorder::note_loss(const ThreadCall& call, std::uint64_t rows) {
   const Gap gap{call.number, call.number, rows, rows == 0 ? 0 : call.bytes,
                 kLossCauseNames[static_cast<std::size_t>(call.cause)]};
-  const std::lock_guard<std::mutex> lock(mutex_);
-  losses_.push_back({call.runtime->ring().head(), call.epoch, gap});
-}
-
-void Recorder::take_losses(std::uint64_t position, std::vector<LossNote>* notes) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto split =
-      std::stable_partition(losses_.begin(), losses_.end(),
-                            [position](const LossNote& note) { return note.position <= position; });
-  notes->assign(losses_.begin(), split);
-  losses_.erase(losses_.begin(), split);
-}
-
-void Recorder::fail(const StoreError& error) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!failure_) failure_ = error;
-  }
-  failed_.store(true, std::memory_order_release);
-}
-
-void Recorder::raise_failure() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (!failure_) return;
-  throw StoreError(failure_->code(),
-                   std::string("the trace cannot be written any more: ") + failure_->what(),
-                   failure_->hint());
+  attempt_->note_loss({call.runtime->ring().head(), call.epoch, gap});
 }
 
 std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
   const ThreadCall* call = last_call();
-  if (is_inert() || call == nullptr || call->state == ThreadCall::State::kNone ||
-      call->fate != ThreadCall::Fate::kStored || capture >= call->captures.size()) {
+  if (is_inert() || call == nullptr || !call->can_be_read_back() ||
+      capture >= call->captures.size()) {
     throw Error(ErrorKind::kNotFound, "nothing was captured in this thread's last call");
   }
   const CaptureInfo& info = call->captures[capture];
@@ -360,8 +281,8 @@ std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
   const auto first = call->pieces.begin() + info.first_piece;
   std::vector<CapturePiece> pieces(first, first + info.pieces);
   runtime->run_on_writer(
-      [result, pieces = std::move(pieces), id = id_, number = call->number, epoch = call->epoch,
-       capture](Writer& writer) {
+      [result, pieces = std::move(pieces), id = attempt_->id(), number = call->number,
+       epoch = call->epoch, capture](Writer& writer) {
         std::size_t offset = 0;
         for (std::size_t piece = 0; piece < pieces.size() && result->found; ++piece) {
           result->found = writer.read_piece(id, epoch, number, capture, piece, pieces[piece],
@@ -369,7 +290,7 @@ std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
           offset += pieces[piece].bytes;
         }
       },
-      options_.stall_timeout, "reading back a capture", hooks);
+      attempt_->options().stall_timeout, "reading back a capture", hooks);
   if (!result->found)
     throw Error(ErrorKind::kNotFound, "the last call's rows are gone: they were dropped or lost");
   return std::move(result->bytes);
@@ -380,17 +301,18 @@ void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks&
   const std::uint64_t target = runtime->ring().head();
   const auto begin = Clock::now();
   auto last_progress = begin;
-  std::uint64_t settled_before = settled_.load(std::memory_order_acquire);
+  std::uint64_t settled_before = attempt_->settled();
   for (;;) {
     const std::uint64_t seen = runtime->progress();
-    const std::uint64_t settled = settled_.load(std::memory_order_acquire);
-    if (settled >= target || is_failed()) break;
+    const std::uint64_t settled = attempt_->settled();
+    if (settled >= target || attempt_->is_failed()) break;
     const auto now = Clock::now();
     if (settled != settled_before) last_progress = now, settled_before = settled;
-    const bool late = timeout ? now - begin >= *timeout
-                              : now - last_progress >= options_.stall_timeout + kVerdictGrace;
+    const bool late =
+        timeout ? now - begin >= *timeout
+                : now - last_progress >= attempt_->options().stall_timeout + kVerdictGrace;
     if (late) {
-      const Counters counters = ledger_.snapshot();
+      const Counters counters = attempt_->ledger().snapshot();
       throw Error(ErrorKind::kTraceStall,
                   "flush: " + std::to_string(counters.rows_in_flight) +
                       " rows are not committed after " +
@@ -399,13 +321,15 @@ void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks&
     }
     runtime->wait_slice(seen, hooks);
   }
-  raise_failure();
+  attempt_->raise_failure();
   runtime->run_on_writer(
-      [store = store_](Writer& writer) {
+      [store = attempt_->shared_store()](Writer& writer) {
         writer.drain_all();  // gaps hold no ring memory, so nothing above has waited for them
         writer.write_status(*store, true);
       },
-      options_.stall_timeout, "flush", hooks);
+      timeout ? std::max<std::chrono::nanoseconds>(begin + *timeout - Clock::now(), kLeastWait)
+              : attempt_->options().stall_timeout,
+      "flush", hooks);
 }
 
 bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
@@ -421,8 +345,8 @@ bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
     } catch (const StoreError&) {
       // Failed before: counted, and raised to whoever asks. What is left is to let go.
     }
-    runtime()->run_on_writer([id = id_](Writer& writer) { writer.detach(id); }, left(), "close",
-                             hooks);
+    runtime()->run_on_writer([id = attempt_->id()](Writer& writer) { writer.detach(id); }, left(),
+                             "close", hooks);
   } catch (const Error& error) {
     if (error.kind() != ErrorKind::kTraceStall) {
       let_go();
@@ -432,8 +356,8 @@ bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
     static_cast<void>(new std::shared_ptr<Recorder>(shared_from_this()));
     return false;
   } catch (...) {
-    closed_.store(
-        false, std::memory_order_release);  // a signal ended the wait: the next close() does it all
+    // A signal ended the wait: the next close() does it all.
+    closed_.store(false, std::memory_order_release);
     throw;
   }
   let_go();
@@ -450,12 +374,13 @@ void Recorder::wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hook
 }
 
 void Recorder::let_go() {
-  // Destroyed outside of the lock: the last one stops the thread and unmaps the ring.
+  // Destroyed at the end, without a lock: the last one stops the thread and unmaps the ring.
   std::shared_ptr<Runtime> runtime;
-  StoreUse use;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  runtime = std::move(runtime_);
-  use = std::move(use_);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    runtime = std::move(runtime_);
+  }
+  attempt_->release_store();
 }
 
 }  // namespace mld

@@ -22,14 +22,13 @@
 #include <utility>
 #include <vector>
 
-#include "capture/record.h"
+#include "clock.h"
 #include "errors.h"
+#include "ring/record.h"
 #include "store/record_format.h"
 #include "store/segment.h"
 
 namespace mld {
-
-using Clock = std::chrono::steady_clock;
 
 // Rows and bytes of calls, to be counted by whoever asked.
 struct Tally {

@@ -41,7 +41,7 @@ class Segment {
   void open();  // after close(); nothing to do when it is open
   void close() noexcept {
     environment_.reset();
-  }             // lets go of the descriptors; the segment can be opened again
+  }  // lets go of the descriptors; the segment can be opened again
   void sync();  // durability="process": forces commits to disk
   void seal();  // syncs, writes sealed.json, closes
 

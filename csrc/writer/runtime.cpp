@@ -65,7 +65,7 @@ std::shared_ptr<Runtime> Runtime::acquire(std::size_t ring_bytes) {
   return runtime;
 }
 
-std::uint32_t Runtime::next_recorder_id() noexcept {
+std::uint32_t Runtime::next_attempt_id() noexcept {
   static std::atomic<std::uint32_t> next{1};
   return next.fetch_add(1, std::memory_order_relaxed);
 }
@@ -106,8 +106,8 @@ Runtime::~Runtime() {
   sem_destroy(&wake_signal_);
 }
 
-void Runtime::attach(const std::shared_ptr<Recorder>& recorder) {
-  const RecorderOptions& options = recorder->options();
+void Runtime::attach(const std::shared_ptr<AttemptState>& attempt) {
+  const RecorderOptions& options = attempt->options();
   // The most eager tracer sets the pace for all: they share the ring.
   const std::uint64_t group =
       std::min<std::uint64_t>(group_bytes_.load(std::memory_order_relaxed), options.commit_bytes);
@@ -119,8 +119,8 @@ void Runtime::attach(const std::shared_ptr<Recorder>& recorder) {
                                             options.commit_interval.count()),
                      std::memory_order_relaxed);
   WaitHooks no_hooks;
-  run_on_writer([recorder](Writer& writer) { writer.attach(recorder); }, options.stall_timeout,
-                "opening a recorder", no_hooks);
+  run_on_writer([attempt](Writer& writer) { writer.attach(attempt); }, options.stall_timeout,
+                "opening an attempt", no_hooks);
 }
 
 void Runtime::wake() noexcept {

@@ -24,9 +24,10 @@
 #include <optional>
 #include <thread>
 
-#include "capture/recorder.h"
+#include "capture/attempt.h"
 #include "ring/arena.h"
 #include "ring/byte_ring.h"
+#include "wait_hooks.h"
 #include "writer/writer.h"
 
 namespace mld {
@@ -50,8 +51,8 @@ class Runtime {
   [[nodiscard]] std::uint64_t max_piece_bytes() const noexcept { return max_piece_bytes_; }
 
   // Never given twice, not even across a fork: threads remember their calls by it.
-  static std::uint32_t next_recorder_id() noexcept;
-  void attach(const std::shared_ptr<Recorder>& recorder);
+  static std::uint32_t next_attempt_id() noexcept;
+  void attach(const std::shared_ptr<AttemptState>& attempt);
 
   // Producer, after a publish: wakes the thread if a group is waiting.
   void note_published() noexcept {

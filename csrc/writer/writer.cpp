@@ -42,38 +42,38 @@ std::string status_json(std::uint32_t attempt, const Counters& counters) {
 template <class Visit>
 void Writer::for_each_of(const StoreState& store, Visit visit) {
   for (auto& [id, track] : tracks_) {
-    if (&track.recorder->store() == &store) visit(track);
+    if (&track.attempt->store() == &store) visit(track);
   }
 }
 
-void Writer::attach(std::shared_ptr<Recorder> recorder) {
-  const std::uint32_t id = recorder->id();
-  recorder->set_settled(ring_.read_position());
-  tracks_[id].recorder = std::move(recorder);
+void Writer::attach(std::shared_ptr<AttemptState> attempt) {
+  const std::uint32_t id = attempt->id();
+  attempt->set_settled(ring_.read_position());
+  tracks_[id].attempt = std::move(attempt);
 }
 
-void Writer::detach(std::uint32_t recorder_id) {
+void Writer::detach(std::uint32_t attempt_id) {
   drain_all();
-  const auto found = tracks_.find(recorder_id);
+  const auto found = tracks_.find(attempt_id);
   if (found == tracks_.end()) return;
   Track& track = found->second;
-  const StoreState& store = track.recorder->store();
-  std::size_t recorders_of_store = 0;
-  for_each_of(store, [&](Track&) { ++recorders_of_store; });
+  const StoreState& store = track.attempt->store();
+  std::size_t attempts_of_store = 0;
+  for_each_of(store, [&](Track&) { ++attempts_of_store; });
   std::optional<StoreError> first_error;
   for (const auto& [epoch, partition] : track.partitions) {
     open_.erase(std::remove(open_.begin(), open_.end(), partition.get()), open_.end());
     const Tally left = partition->discard_pending();  // its disk never came back
-    track.recorder->mutable_ledger().fail(left.rows, left.bytes);
+    track.attempt->ledger().fail(left.rows, left.bytes);
     try {
       partition->seal();
     } catch (const StoreError& error) {
-      if (!first_error && !track.recorder->is_failed())
+      if (!first_error && !track.attempt->is_failed())
         first_error = error;  // a failure was told already
     }
     partition->close_environment();
   }
-  write_status(store, recorders_of_store > 1);
+  write_status(store, attempts_of_store > 1);
   tracks_.erase(found);
   if (first_error) throw StoreError(*first_error);
 }
@@ -107,13 +107,13 @@ bool Writer::read_group(std::uint64_t group_bytes) {
 }
 
 void Writer::take(const PendingRecord& record) {
-  const auto found = tracks_.find(record.header->recorder);
+  const auto found = tracks_.find(record.header->attempt);
   if (found == tracks_.end())
-    return;  // its recorder is closed: it came from a call that raced with close()
+    return;  // its attempt is closed: it came from a call that raced with close()
   Track& track = found->second;
-  if (track.recorder->is_failed()) {
+  if (track.attempt->is_failed()) {
     if (record.header->kind == RecordKind::kCall) {
-      track.recorder->mutable_ledger().fail(record.header->rows, record.header->call_bytes);
+      track.attempt->ledger().fail(record.header->rows, record.header->call_bytes);
     }
     return;
   }
@@ -123,12 +123,12 @@ void Writer::take(const PendingRecord& record) {
 void Writer::collect_losses() {
   for (auto& [id, track] : tracks_) {
     loss_scratch_.clear();
-    track.recorder->take_losses(ring_.read_position(), &loss_scratch_);
+    track.attempt->take_losses(ring_.read_position(), &loss_scratch_);
     for (const LossNote& note : loss_scratch_) {
       Partition& partition = partition_of(track, note.epoch);
       for (std::uint64_t call = note.gap.first_call; call <= note.gap.last_call; ++call)
         partition.forget_call(call);
-      if (note.gap.rows != 0 && !track.recorder->is_failed()) partition.add_gap(note.gap);
+      if (note.gap.rows != 0 && !track.attempt->is_failed()) partition.add_gap(note.gap);
     }
   }
 }
@@ -155,14 +155,14 @@ bool Writer::commit_due(Clock::time_point now) {
 }
 
 void Writer::commit(Track& track, Partition& partition, Clock::time_point now) {
-  if (!partition.has_pending()) return;  // its recorder failed with an earlier one
+  if (!partition.has_pending()) return;  // its attempt failed with an earlier one
   make_room_for(partition);
   const auto begin = Clock::now();
   const CommitResult result = partition.commit(now);
-  Ledger& ledger = track.recorder->mutable_ledger();
+  Ledger& ledger = track.attempt->ledger();
   if (result.outcome == CommitOutcome::kRetryLater) return;
   if (result.outcome == CommitOutcome::kFailed) return fail_track(track, *partition.failure());
-  track.recorder->store().add_disk_bytes(result.grown_bytes);
+  track.attempt->store().add_disk_bytes(result.grown_bytes);
   ledger.commit(result.committed.rows, result.committed.bytes);
   if (result.dropped.rows != 0) ledger.drop(result.dropped.rows, result.dropped.bytes);
   ledger.add_commit(result.written_bytes,
@@ -174,10 +174,10 @@ void Writer::commit(Track& track, Partition& partition, Clock::time_point now) {
 void Writer::fail_track(Track& track, const StoreError& error) {
   for (const auto& [epoch, partition] : track.partitions) {
     const Tally tally = partition->discard_pending();
-    track.recorder->mutable_ledger().fail(tally.rows, tally.bytes);
+    track.attempt->ledger().fail(tally.rows, tally.bytes);
     partition->close_environment();
   }
-  track.recorder->fail(error);
+  track.attempt->fail(error);
 }
 
 void Writer::release_committed() {
@@ -187,7 +187,7 @@ void Writer::release_committed() {
     for (const auto& [epoch, partition] : track.partitions) {
       if (const auto oldest = partition->oldest_position()) settled = std::min(settled, *oldest);
     }
-    track.recorder->set_settled(settled);
+    track.attempt->set_settled(settled);
     tail = std::min(tail, settled);
   }
   ring_.release(tail);
@@ -196,11 +196,11 @@ void Writer::release_committed() {
 Partition& Writer::partition_of(Track& track, std::int64_t epoch) {
   std::unique_ptr<Partition>& partition = track.partitions[epoch];
   if (partition == nullptr) {
-    const Recorder& recorder = *track.recorder;
-    const StoreOptions& store = recorder.store().options();
+    const AttemptState& attempt = *track.attempt;
+    const StoreOptions& store = attempt.store().options();
     partition = std::make_unique<Partition>(PartitionOptions{
-        recorder.store().partition_directory(epoch), store.rank, recorder.options().attempt, epoch,
-        store.sync, store.segment_bytes, recorder.options().stall_timeout});
+        attempt.store().partition_directory(epoch), store.rank, attempt.options().attempt, epoch,
+        store.sync, store.segment_bytes, attempt.options().stall_timeout});
   }
   return *partition;
 }
@@ -243,7 +243,7 @@ DroppedRows Writer::drop_epoch(StoreState& store, std::int64_t epoch,
   for_each_of(store, [&](Track& track) {
     const auto found = track.partitions.find(epoch);
     if (found == track.partitions.end()) return;
-    if (attempt && track.recorder->options().attempt != *attempt) return;
+    if (attempt && track.attempt->options().attempt != *attempt) return;
     drop_partition(track, found);
   });
   release_committed();
@@ -253,7 +253,7 @@ DroppedRows Writer::drop_epoch(StoreState& store, std::int64_t epoch,
 Writer::Partitions::iterator Writer::drop_partition(Track& track, Partitions::iterator it) {
   Partition& partition = *it->second;
   const Tally tally = partition.drop();
-  if (tally.rows != 0) track.recorder->mutable_ledger().drop(tally.rows, tally.bytes);
+  if (tally.rows != 0) track.attempt->ledger().drop(tally.rows, tally.bytes);
   if (!partition.is_blank())
     return std::next(it);  // calls that are open now lost chunks: it must remember them
   open_.erase(std::remove(open_.begin(), open_.end(), &partition), open_.end());
@@ -270,7 +270,7 @@ void Writer::drop_all_epochs(StoreState& store) {
   store.drop_all();
 }
 
-bool Writer::read_piece(std::uint32_t recorder_id, std::int64_t epoch, std::uint64_t call,
+bool Writer::read_piece(std::uint32_t attempt_id, std::int64_t epoch, std::uint64_t call,
                         std::uint32_t capture, std::size_t piece, const CapturePiece& where,
                         void* out) {
   if (where.position >=
@@ -278,7 +278,7 @@ bool Writer::read_piece(std::uint32_t recorder_id, std::int64_t epoch, std::uint
     std::memcpy(out, ring_.at(where.position) + sizeof(RecordHeader), where.bytes);
     return true;
   }
-  const auto track = tracks_.find(recorder_id);
+  const auto track = tracks_.find(attempt_id);
   if (track == tracks_.end()) return false;
   const auto partition = track->second.partitions.find(epoch);
   if (partition == track->second.partitions.end()) return false;
@@ -292,7 +292,7 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept {
   std::string attempts;
   for_each_of(store, [&](Track& track) {
     if (!attempts.empty()) attempts += ", ";
-    attempts += status_json(track.recorder->options().attempt, track.recorder->ledger().snapshot());
+    attempts += status_json(track.attempt->options().attempt, track.attempt->ledger().snapshot());
   });
   std::string text = "{\"format_version\": " + std::to_string(kFormatVersion) +
                      ", \"pid\": " + std::to_string(getpid()) +
@@ -314,12 +314,12 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept {
 
 void Writer::write_changed_status() noexcept {
   for (auto& [id, track] : tracks_) {
-    const Counters counters = track.recorder->ledger().snapshot();
+    const Counters counters = track.attempt->ledger().snapshot();
     const std::uint64_t rows = counters.rows_submitted + counters.rows_committed +
                                counters.rows_discarded + counters.rows_failed;
     if (rows == track.rows_in_status) continue;
     track.rows_in_status = rows;
-    write_status(track.recorder->store(), true);
+    write_status(track.attempt->store(), true);
   }
 }
 

@@ -11,7 +11,8 @@
 #include <optional>
 #include <vector>
 
-#include "capture/recorder.h"
+#include "capture/attempt.h"
+#include "capture/thread_call.h"
 #include "ring/byte_ring.h"
 #include "store/partition.h"
 
@@ -23,11 +24,11 @@ class Writer {
 
   explicit Writer(Ring& ring) : ring_(ring) {}
 
-  void attach(std::shared_ptr<Recorder> recorder);
-  // Commits what there is, seals the recorder's segments and forgets it. Throws StoreError if
+  void attach(std::shared_ptr<AttemptState> attempt);
+  // Commits what there is, seals the attempt's segments and forgets it. Throws StoreError if
   // sealing failed.
-  void detach(std::uint32_t recorder_id);
-  [[nodiscard]] bool has_recorders() const noexcept { return !tracks_.empty(); }
+  void detach(std::uint32_t attempt_id);
+  [[nodiscard]] bool has_attempts() const noexcept { return !tracks_.empty(); }
 
   // Reads up to `group_bytes` from the ring and commits what is due. False when there was nothing
   // to do.
@@ -44,7 +45,7 @@ class Writer {
                          std::optional<std::uint32_t> attempt);
   void drop_all_epochs(StoreState& store);
   // Copies one piece of a capture, from the ring or from its segment; false if it is gone.
-  bool read_piece(std::uint32_t recorder_id, std::int64_t epoch, std::uint64_t call,
+  bool read_piece(std::uint32_t attempt_id, std::int64_t epoch, std::uint64_t call,
                   std::uint32_t capture, std::size_t piece, const CapturePiece& where, void* out);
   // The store's status file; never throws, since it only informs.
   void write_status(const StoreState& store, bool recording) noexcept;
@@ -53,9 +54,9 @@ class Writer {
 
  private:
   using Partitions = std::map<std::int64_t, std::unique_ptr<Partition>>;  // by epoch
-  // What the writer keeps of one recorder.
+  // What the writer keeps of one attempt.
   struct Track {
-    std::shared_ptr<Recorder> recorder;
+    std::shared_ptr<AttemptState> attempt;
     Partitions partitions;
     std::uint64_t rows_in_status = 0;  // moved since, if it differs
   };
@@ -74,7 +75,7 @@ class Writer {
   void for_each_of(const StoreState& store, Visit visit);
 
   Ring& ring_;
-  std::map<std::uint32_t, Track> tracks_;  // by recorder id
+  std::map<std::uint32_t, Track> tracks_;  // by attempt id
   std::vector<Partition*> open_;           // with open environments, least recently used first
   std::vector<LossNote> loss_scratch_;
   Clock::time_point last_sync_ = Clock::now();

@@ -37,15 +37,34 @@ struct Load {
   std::uint64_t seed;
 };
 
+// A broken ring makes somebody wait for ever: the wait ends here, and the test fails instead of
+// hanging.
+class Patience {
+ public:
+  [[nodiscard]] bool is_over() {
+    if (mld::Clock::now() > deadline_ && !over_.exchange(true))
+      check::fail(__FILE__, __LINE__, "the ring is stuck");
+    return over_;
+  }
+  void end() { over_ = true; }
+
+ private:
+  const mld::Clock::time_point deadline_ = mld::Clock::now() + std::chrono::seconds(30);
+  std::atomic<bool> over_{false};
+};
+
 template <class Ring>
-void produce(Ring& ring, const Load& load, std::uint32_t producer, std::uint64_t* abandoned) {
+void produce(Ring& ring, const Load& load, std::uint32_t producer, std::uint64_t* abandoned,
+             Patience& patience) {
   Random random(load.seed * 1000 + producer);
   std::uint64_t sequence = 0;
   while (sequence < load.slots_each) {
     Message message{producer, 0, sequence, random.below(load.largest_payload + 1)};
     typename Ring::Slot slot;
-    while (!ring.try_reserve(sizeof message + message.payload_bytes, &slot))
+    while (!ring.try_reserve(sizeof message + message.payload_bytes, &slot)) {
+      if (patience.is_over()) return;
       std::this_thread::yield();
+    }
     std::byte* payload = slot.data + sizeof message;
     std::memset(payload, static_cast<int>(random.next() & 0xFF), message.payload_bytes);
     if (message.payload_bytes > 0) payload[random.below(message.payload_bytes)] = std::byte{0x5A};
@@ -64,7 +83,7 @@ void produce(Ring& ring, const Load& load, std::uint32_t producer, std::uint64_t
 // Reads all; checks the bytes when the slot is given back, which is late: up to half of the ring is
 // kept.
 template <class Ring>
-void consume(Ring& ring, const Load& load, std::uint64_t* abandoned) {
+void consume(Ring& ring, const Load& load, std::uint64_t* abandoned, Patience& patience) {
   Random random(load.seed);
   std::vector<std::uint64_t> expected(load.producers, 0);
   std::deque<typename Ring::Slot> kept;
@@ -75,6 +94,7 @@ void consume(Ring& ring, const Load& load, std::uint64_t* abandoned) {
       Message message;
       std::memcpy(&message, slot.data, sizeof message);
       REQUIRE(message.producer < load.producers);
+      REQUIRE(message.payload_bytes <= load.largest_payload);
       CHECK_EQ(message.sequence, expected[message.producer]);
       ++expected[message.producer];
       CHECK_EQ(mld::crc32c(slot.data + sizeof message, message.payload_bytes), message.crc);
@@ -91,6 +111,7 @@ void consume(Ring& ring, const Load& load, std::uint64_t* abandoned) {
       if (!slot.abandoned) ++published;
       if (ring.used_bytes() < ring.capacity_bytes() / 2 && random.below(4) != 0) continue;
     } else if (kept.empty()) {
+      if (patience.is_over()) return;
       std::this_thread::yield();
     }
     for (std::uint64_t left = random.below(4); left > 0 && !kept.empty(); --left) give_back();
@@ -104,12 +125,18 @@ void run_with_threads(const Load& load) {
   std::vector<std::byte> memory(load.capacity_granules * Ring::kGranuleBytes);
   Ring ring(memory.data(), load.capacity_granules);
   std::vector<std::uint64_t> abandoned(load.producers, 0);
+  Patience patience;
   std::vector<std::thread> threads;
   for (std::uint32_t producer = 0; producer < load.producers; ++producer) {
-    threads.emplace_back([&, producer] { produce(ring, load, producer, &abandoned[producer]); });
+    threads.emplace_back(
+        [&, producer] { produce(ring, load, producer, &abandoned[producer], patience); });
   }
   std::uint64_t abandoned_seen = 0, abandoned_sent = 0;
-  consume(ring, load, &abandoned_seen);
+  try {
+    consume(ring, load, &abandoned_seen, patience);
+  } catch (const check::Stop&) {
+    patience.end();
+  }
   for (std::thread& thread : threads) thread.join();
   for (const std::uint64_t count : abandoned) abandoned_sent += count;
   CHECK_EQ(abandoned_seen, abandoned_sent);

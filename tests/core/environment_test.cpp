@@ -97,7 +97,7 @@ TEST(environment_is_opened_and_closed_from_many_threads) {
   std::vector<std::thread> threads;
   for (int thread = 0; thread < 4; ++thread) {
     threads.emplace_back([&] {
-      for (int round = 0; round < 300; ++round) {
+      for (int round = 0; round < 100; ++round) {
         const auto environment =
             Environment::open(directory / "env", Access::kWrite, Sync::kOnRequest, 0);
         const mld::Transaction transaction(*environment, true);
@@ -106,7 +106,7 @@ TEST(environment_is_opened_and_closed_from_many_threads) {
     });
   }
   for (std::thread& thread : threads) thread.join();
-  CHECK_EQ(alive.load(), 1200);
+  CHECK_EQ(alive.load(), 400);
   CHECK(mld::process().environments.empty());
 }
 

@@ -112,7 +112,7 @@ void check_side(Side& side, std::uint64_t dropped_from_disk) {
   const std::uint64_t ring_full =
       counters.rows_discarded_by_cause[static_cast<std::size_t>(mld::LossCause::kRingFull)];
   CHECK(gap_rows <= ring_full);  // gaps of the dropped epoch went with it
-  if (side.trace.recorder->options().overflow == mld::OverflowPolicy::kBlock)
+  if (side.trace.recorder->attempt().options().overflow == mld::OverflowPolicy::kBlock)
     CHECK_EQ(ring_full, 0);
 }
 

@@ -261,7 +261,7 @@ std::uint64_t Bench::chunk(std::uint32_t recorder, std::int64_t epoch, std::uint
                            std::uint32_t capture, std::string_view bytes) {
   mld::RecordHeader header{};
   header.kind = mld::RecordKind::kChunk;
-  header.recorder = recorder;
+  header.attempt = recorder;
   header.call = call;
   header.epoch = epoch;
   header.capture = capture;
@@ -273,7 +273,7 @@ std::uint64_t Bench::call(std::uint32_t recorder, std::int64_t epoch, std::uint6
                           std::uint32_t ground_truth_rows) {
   mld::RecordHeader header{};
   header.kind = mld::RecordKind::kCall;
-  header.recorder = recorder;
+  header.attempt = recorder;
   header.call = call;
   header.epoch = epoch;
   header.rows = rows;

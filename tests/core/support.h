@@ -17,16 +17,21 @@
 #include <thread>
 #include <vector>
 
-#include "capture/record.h"
 #include "capture/recorder.h"
 #include "check.h"
 #include "errors.h"
 #include "ledger.h"
 #include "ring/arena.h"
 #include "ring/byte_ring.h"
+#include "ring/record.h"
 #include "store/record_format.h"
 #include "store/store.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kUnderAsan = true;
+#else
+inline constexpr bool kUnderAsan = false;
+#endif
 #if defined(__SANITIZE_THREAD__)
 inline constexpr bool kUnderTsan = true;
 #else

@@ -33,7 +33,7 @@ struct Trace {
   Trace(const Trace&) = delete;
   Trace& operator=(const Trace&) = delete;
 
-  [[nodiscard]] mld::Counters counters() const { return recorder->ledger().snapshot(); }
+  [[nodiscard]] mld::Counters counters() const { return recorder->attempt().ledger().snapshot(); }
   mld::DroppedRows drop(std::int64_t epoch) {
     auto dropped = std::make_shared<mld::DroppedRows>();
     mld::WaitHooks hooks;

@@ -15,7 +15,6 @@ namespace {
 
 using namespace std::chrono_literals;
 using mld::Clock;
-using mld::Recorder;
 using mld::RecorderOptions;
 using mld::StoreUse;
 using support::Bench;
@@ -32,15 +31,15 @@ mld::StoreOptions unsynced() {
   return options;
 }
 
-// A recorder without a runtime: what its producers would put into the ring, the test puts there.
+// An attempt without a recorder: what its producers would put into the ring, the test puts there.
 struct Attempt {
   Attempt(mld::Writer& writer_of_test, Bench& bench_of_test, const std::string& directory,
           RecorderOptions options = {})
       : writer(writer_of_test),
         bench(bench_of_test),
-        recorder(std::make_shared<Recorder>(next_id(), nullptr, StoreUse(directory, unsynced()),
-                                            options)) {
-    writer.attach(recorder);
+        state(std::make_shared<mld::AttemptState>(next_id(), StoreUse(directory, unsynced()),
+                                                  options)) {
+    writer.attach(state);
   }
   static std::uint32_t next_id() {
     static std::uint32_t id = 1000000;
@@ -49,19 +48,19 @@ struct Attempt {
   // Returns the ring position of the call's first record.
   std::uint64_t call(std::int64_t epoch, std::uint64_t number, std::size_t bytes) {
     const std::uint64_t position =
-        bench.chunk(recorder->id(), epoch, number, 0, pattern(number, bytes));
+        bench.chunk(state->id(), epoch, number, 0, pattern(number, bytes));
     end(epoch, number, bytes);
     return position;
   }
   void end(std::int64_t epoch, std::uint64_t number, std::size_t bytes) {
-    recorder->mutable_ledger().submit(2, bytes);
-    bench.call(recorder->id(), epoch, number, 2, bytes);
+    state->ledger().submit(2, bytes);
+    bench.call(state->id(), epoch, number, 2, bytes);
   }
-  [[nodiscard]] mld::Counters counters() const { return recorder->ledger().snapshot(); }
+  [[nodiscard]] mld::Counters counters() const { return state->ledger().snapshot(); }
 
   mld::Writer& writer;
   Bench& bench;
-  std::shared_ptr<Recorder> recorder;
+  std::shared_ptr<mld::AttemptState> state;
 };
 
 }  // namespace
@@ -70,7 +69,7 @@ TEST(writer_commits_what_it_drains_and_gives_the_ring_back) {
   const TempDir directory;
   Bench bench;
   mld::Writer writer(bench.ring());
-  CHECK(!writer.has_recorders());
+  CHECK(!writer.has_attempts());
   Attempt attempt(writer, bench, directory.path());
   CHECK(!writer.drain_group(Clock::now(), kAll));
   attempt.call(0, 0, 5000);
@@ -83,11 +82,11 @@ TEST(writer_commits_what_it_drains_and_gives_the_ring_back) {
   CHECK_EQ(bench.ring().used_bytes(), 0);
   CHECK(!writer.drain_group(Clock::now(), kAll));
   CHECK(!writer.next_retry().has_value());
-  writer.detach(attempt.recorder->id());
+  writer.detach(attempt.state->id());
   const auto stored = support::read_rank(directory.path());
   CHECK_EQ(stored.at("epoch-0").calls.size(), 1);
   CHECK_EQ(stored.at("epoch-1").sealed, 1);
-  CHECK(!writer.has_recorders());
+  CHECK(!writer.has_attempts());
 }
 
 TEST(writer_reads_no_more_than_a_group_at_a_time) {
@@ -129,7 +128,7 @@ TEST(writer_releases_the_chunks_of_a_call_that_goes_on) {
   std::string whole;
   for (std::uint64_t piece = 0; piece < 30; ++piece) {  // several times the ring
     const std::string text = pattern(piece, 100000);
-    bench.chunk(attempt.recorder->id(), 0, 0, 0, text);
+    bench.chunk(attempt.state->id(), 0, 0, 0, text);
     whole += text;
     writer.drain_all();
     CHECK_EQ(bench.ring().used_bytes(), 0);
@@ -171,7 +170,7 @@ TEST(writer_holds_the_tail_but_no_other_partition_for_a_full_disk) {
   CHECK(writer.drain_group(*writer.next_retry(), kAll));
   CHECK_EQ(attempt.counters().rows_committed, 8);
   CHECK_EQ(bench.ring().used_bytes(), 0);
-  writer.detach(attempt.recorder->id());
+  writer.detach(attempt.state->id());
   const auto stored = support::read_rank(directory.path());
   CHECK(stored.at("epoch-1").calls.at({0, 1}).captures.at(0) == pattern(1, 6000));
   CHECK_EQ(stored.at("epoch-1").headers, 1);
@@ -189,13 +188,13 @@ TEST(writer_ends_an_attempt_that_cannot_be_complete_and_no_other) {
   lost.call(1, 1, 2000);
   kept.call(1, 0, 3000);
   writer.drain_all();
-  CHECK(lost.recorder->is_failed());
-  CHECK(support::kind_of([&] { lost.recorder->raise_failure(); }) == mld::ErrorKind::kStorage);
+  CHECK(lost.state->is_failed());
+  CHECK(support::kind_of([&] { lost.state->raise_failure(); }) == mld::ErrorKind::kStorage);
   CHECK_EQ(lost.counters().rows_failed, 2);
   CHECK_EQ(lost.counters().bytes_failed, 2000);
   CHECK_EQ(lost.counters().rows_committed, 2);
   CHECK_EQ(kept.counters().rows_committed, 2);
-  CHECK(!kept.recorder->is_failed());
+  CHECK(!kept.state->is_failed());
   CHECK_EQ(bench.ring().used_bytes(), 0);
   lost.call(0, 2, 10);  // what still comes is counted, not written
   kept.call(1, 1, 10);
@@ -204,8 +203,8 @@ TEST(writer_ends_an_attempt_that_cannot_be_complete_and_no_other) {
   CHECK_EQ(kept.counters().rows_committed, 4);
   CHECK_EQ(bench.ring().used_bytes(), 0);
   CHECK(support::is_conserved(lost.counters()));
-  writer.detach(lost.recorder->id());  // its failure was told; there is no second one
-  writer.detach(kept.recorder->id());
+  writer.detach(lost.state->id());  // its failure was told; there is no second one
+  writer.detach(kept.state->id());
   CHECK_EQ(support::read_partition(sound / "epoch-1").calls.size(), 2);
 }
 
@@ -219,7 +218,7 @@ TEST(writer_fails_what_waits_for_a_disk_when_its_recorder_is_detached) {
   attempt.call(0, 0, 5000);
   writer.drain_all();
   CHECK_EQ(attempt.counters().rows_in_flight, 2);
-  writer.detach(attempt.recorder->id());
+  writer.detach(attempt.state->id());
   CHECK_EQ(attempt.counters().rows_failed, 2);
   CHECK(support::is_conserved(attempt.counters()));
   CHECK(!writer.drain_group(Clock::now(), kAll));
@@ -231,12 +230,12 @@ TEST(writer_drops_an_epoch_with_what_is_on_its_way) {
   Bench bench;
   mld::Writer writer(bench.ring());
   Attempt attempt(writer, bench, directory.path());
-  mld::StoreState& store = attempt.recorder->store();
+  mld::StoreState& store = attempt.state->store();
   attempt.call(3, 0, 5000);
   attempt.call(4, 1, 5000);
   writer.drain_all();
   attempt.call(3, 2, 5000);
-  bench.chunk(attempt.recorder->id(), 3, 3, 0, pattern(3, 5000));  // of a call that goes on
+  bench.chunk(attempt.state->id(), 3, 3, 0, pattern(3, 5000));  // of a call that goes on
   CHECK(store.disk_bytes() > 10000);
   const mld::DroppedRows dropped = writer.drop_epoch(store, 3, std::nullopt);
   CHECK_EQ(dropped.rows, 4);
@@ -268,7 +267,7 @@ TEST(writer_drops_only_the_attempt_that_is_named) {
       second(writer, bench, directory.path(), second_options);
   first.call(0, 0, 100);
   second.call(0, 0, 200);
-  CHECK_EQ(writer.drop_epoch(first.recorder->store(), 0, 1).rows, 2);
+  CHECK_EQ(writer.drop_epoch(first.state->store(), 0, 1).rows, 2);
   writer.drain_all();
   const auto stored = support::read_rank(directory.path());
   CHECK_EQ(stored.at("epoch-0").calls.size(), 1);
@@ -295,7 +294,7 @@ TEST(writer_keeps_at_most_eight_environments_open) {
     CHECK(mld::process().environments.size() <= 8);
   }
   CHECK_EQ(attempt.counters().rows_committed, 2 * number);
-  writer.detach(attempt.recorder->id());
+  writer.detach(attempt.state->id());
   CHECK_EQ(support::open_descriptors(), before);
   CHECK_EQ(mld::list_directory(directory / "epoch-990").size(), 1);  // the same segment, reopened
 }
@@ -312,7 +311,7 @@ TEST(writer_tells_other_processes_its_counters) {
   CHECK(status.find("\"rows_committed\": 2, ") != std::string::npos);
   CHECK(status.find("\"recording\": true") != std::string::npos);
   CHECK_EQ(status.size() % 4096, 0);
-  writer.detach(attempt.recorder->id());
+  writer.detach(attempt.state->id());
   CHECK(support::read_file(directory / "status.json").find("\"recording\": false") !=
         std::string::npos);
 }

@@ -16,7 +16,7 @@ enum class RecordKind : std::uint32_t {
 
 struct alignas(64) RecordHeader {
   RecordKind kind;
-  std::uint32_t recorder;  // id, not a pointer: the recorder may be gone when the writer gets here
+  std::uint32_t attempt;  // id, not a pointer: it may be closed when the writer gets here
   std::uint64_t call;
   std::int64_t epoch;
   std::uint64_t payload_bytes;

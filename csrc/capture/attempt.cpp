@@ -1,0 +1,45 @@
+#include "capture/attempt.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+namespace mld {
+
+void AttemptState::note_loss(const LossNote& note) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  losses_.push_back(note);
+}
+
+void AttemptState::take_losses(std::uint64_t position, std::vector<LossNote>* notes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto split =
+      std::stable_partition(losses_.begin(), losses_.end(),
+                            [position](const LossNote& note) { return note.position <= position; });
+  notes->assign(losses_.begin(), split);
+  losses_.erase(losses_.begin(), split);
+}
+
+void AttemptState::fail(const StoreError& error) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!failure_) failure_ = error;
+  }
+  failed_.store(true, std::memory_order_release);
+}
+
+void AttemptState::raise_failure() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!failure_) return;
+  throw StoreError(failure_->code(),
+                   std::string("the trace cannot be written any more: ") + failure_->what(),
+                   failure_->hint());
+}
+
+void AttemptState::release_store() {
+  StoreUse use;  // given back outside of our lock
+  const std::lock_guard<std::mutex> lock(mutex_);
+  use = std::move(use_);
+}
+
+}  // namespace mld
