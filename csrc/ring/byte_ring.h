@@ -15,24 +15,28 @@
 // Thread safety: `try_reserve`, `publish`, `abandon` from any thread; `read`, `release` from one
 // consumer thread; `head`, `tail` from anywhere.
 //
-//   | atomic   | written by          | read by   | store   | load    | publishes | | head_    |
-//   producers (CAS)     | anyone    | relaxed | relaxed | nothing: ownership of a range, not its
-//   bytes   | | tail_    | consumer            | producers | release | acquire | that memory behind
-//   it was read, marks are zero | | marks_[] | producer, then      | consumer  | release | acquire
-//   | the bytes of the slot that starts here         | |          | consumer (to zero)  | | relaxed
-//   |         | (zeroed before tail_ passes)                   |
+// clang-format off
+//   | atomic   | written by    | read by   | store   | load    | publishes                       |
+//   | head_    | producers, by | anyone    | relaxed | relaxed | nothing: it owns a range, its   |
+//   |          | CAS           |           |         |         | bytes travel by their mark      |
+//   | tail_    | consumer      | producers | release | acquire | memory behind it was read, its  |
+//   |          |               |           |         |         | marks are zero                  |
+//   | marks_[] | producer      | consumer  | release | acquire | the bytes of the slot that      |
+//   |          |               |           |         |         | starts here                     |
+//   |          | consumer, to  |           | relaxed |         | nothing: tail_ passes only      |
+//   |          | zero          |           |         |         | afterwards                      |
+// clang-format on
 //
 // INVARIANT 1: every mark in the free region is zero. The consumer zeroes a mark when it reads the
-// slot, and only then
-//              may tail_ pass it; so a nonzero mark at the read position always belongs to this
-//              lap.
+// slot, and only then may tail_ pass it; so a nonzero mark at the read position belongs to this lap.
+//
 // INVARIANT 2: a slot is contiguous. One that would straddle the end of the arena is preceded by a
-// padding slot, which
-//              the same producer reserves in the same step, so no other slot can come between.
+// padding slot, which the same producer reserves in the same step, so no slot can come between.
+//
 // INVARIANT 3: head_ - tail_ <= capacity, in the arithmetic of Index.
+//
 // INVARIANT 4: every reserved slot is published or abandoned in bounded time (`Reservation` does so
-// in its destructor),
-//              so the consumer never waits for ever behind it.
+// in its destructor), so the consumer never waits for ever behind it.
 //
 // Ideas: positions that only grow and a templated index from Quill's BoundedSPSCQueue; per-slot
 // state that the consumer resets from Vyukov's bounded MPMC queue. Differs from both: slots vary in
