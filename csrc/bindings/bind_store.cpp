@@ -72,6 +72,11 @@ class StoreHandle {
 
  private:
   void require_open() const {
+    if (generation_ != process_generation()) {
+      throw Error(ErrorKind::kTraceInUse,
+                  "the trace belongs to the process that this one was forked from",
+                  "drop it there, or record under another version_name");
+    }
     if (!use_) throw Error(ErrorKind::kTracerClosed, "the store is closed", "open the trace again");
   }
   [[nodiscard]] StoreState& state() const {
@@ -93,6 +98,7 @@ class StoreHandle {
   }
 
   const std::string directory_;
+  const std::uint64_t generation_ = process_generation();
   StoreUse use_;
 };
 

@@ -28,7 +28,7 @@
 // clang-format on
 //
 // INVARIANT 1: every mark in the free region is zero. The consumer zeroes a mark when it reads the
-// slot, and only then may tail_ pass it; so a nonzero mark at the read position belongs to this lap.
+// slot, and only then may tail_ pass it; so a nonzero mark at the read position is of this lap.
 //
 // INVARIANT 2: a slot is contiguous. One that would straddle the end of the arena is preceded by a
 // padding slot, which the same producer reserves in the same step, so no slot can come between.

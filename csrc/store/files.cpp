@@ -134,7 +134,7 @@ std::vector<std::string> list_directory(const std::string& path) {
   std::vector<std::string> names;
   DIR* directory = opendir(path.c_str());
   if (directory == nullptr) {
-    if (errno == ENOENT) return names;
+    if (errno == ENOENT || errno == ENOTDIR) return names;
     throw_store_error(errno, "cannot list", path);
   }
   while (const dirent* entry = readdir(directory)) {

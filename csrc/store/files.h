@@ -25,7 +25,8 @@ void allocate_file(const std::string& path, std::size_t bytes);
 void rename_path(const std::string& from, const std::string& to);
 // Deletes a directory and all in it; what is gone already is fine.
 void remove_tree(const std::string& path);
-// Names in a directory, sorted, without `.` and `..`; empty if there is no such directory.
+// Names in a directory, sorted, without `.` and `..`; empty if there is no such
+// directory.
 std::vector<std::string> list_directory(const std::string& path);
 bool path_exists(const std::string& path);
 FileId file_id(const std::string& path);

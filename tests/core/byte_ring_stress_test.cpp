@@ -143,7 +143,7 @@ void run_with_threads(const Load& load) {
   CHECK_EQ(ring.used_bytes(), 0);
 }
 
-constexpr std::uint64_t kSlots = kUnderTsan ? 20000 : 100000;
+constexpr std::uint64_t kSlots = kUnderTsan ? 20000 : 60000;
 
 }  // namespace
 
