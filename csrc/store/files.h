@@ -25,15 +25,14 @@ void allocate_file(const std::string& path, std::size_t bytes);
 void rename_path(const std::string& from, const std::string& to);
 // Deletes a directory and all in it; what is gone already is fine.
 void remove_tree(const std::string& path);
-// Names in a directory, sorted, without `.` and `..`; empty if there is no such
-// directory.
+// Names in a directory, sorted, without `.` and `..`; empty if there is none.
 std::vector<std::string> list_directory(const std::string& path);
 bool path_exists(const std::string& path);
 FileId file_id(const std::string& path);
 std::uint64_t file_bytes(const std::string& path);     // length of a file; 0 if it is gone
 std::uint64_t disk_bytes_of(const std::string& path);  // of one file; 0 if it is gone
-std::uint64_t free_bytes_at(
-    const std::string& path);  // of its filesystem, for ordinary users; UINT64_MAX if unknown
+// Free for ordinary users on the path's filesystem; UINT64_MAX if unknown.
+std::uint64_t free_bytes_at(const std::string& path);
 // The name of a network filesystem that LMDB must not write to, or empty.
 std::string network_filesystem_at(const std::string& path);
 
