@@ -99,6 +99,7 @@ int in_child(const std::function<int()>& body) {
   std::fflush(nullptr);
   const pid_t child = fork();
   if (child == 0) {
+    alarm(60);  // a child that hangs ends, and fails its test
     int status = 125;
     try {
       status = body();
