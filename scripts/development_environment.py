@@ -85,13 +85,16 @@ def find_compiler(variable: str, names: list[str]) -> list[str] | None:
     return next(([name] for name in names if shutil.which(name)), None)
 
 
+COMPILERS = {"CXX": ["c++", "g++", "clang++"], "CC": ["cc", "gcc", "clang"]}
+
+
 def check_compilers() -> None:
     """A C++20 compiler and a C compiler (LMDB is C) are installed and make programs."""
     advice = (
         "install one (Debian/Ubuntu: apt install g++, Fedora: dnf install gcc-c++, "
         "macOS: xcode-select --install) or name it in {0}."
     )
-    cxx = find_compiler("CXX", ["c++", "g++", "clang++"])
+    cxx = find_compiler("CXX", COMPILERS["CXX"])
     if cxx is None:
         looked = os.environ.get("CXX") or "c++, g++, clang++"
         raise SetupError(f"No C++ compiler was found (looked for {looked}): {advice.format('CXX')}")
@@ -100,7 +103,7 @@ def check_compilers() -> None:
             f"The C++ compiler {shlex.join(cxx)} cannot build a C++20 program, which GCC 12 or Clang 14 can: "
             + advice.format("CXX")
         )
-    cc = find_compiler("CC", ["cc", "gcc", "clang"])
+    cc = find_compiler("CC", COMPILERS["CC"])
     if cc is None or not compiles(cc, C_PROBE, ".c"):
         looked = os.environ.get("CC") or "cc, gcc, clang"
         raise SetupError(f"No working C compiler was found (looked for {looked}): {advice.format('CC')}")
@@ -126,6 +129,9 @@ def run(*command: str | Path, remedy: str) -> None:
     dropped = {"PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONHOME", "__PYVENV_LAUNCHER__"}
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment["PATH"] = os.pathsep.join([str(VENV / "bin"), environment.get("PATH", os.defpath)])
+    for variable, names in COMPILERS.items():  # else a build asks for the one that Python was made with
+        if compiler := find_compiler(variable, names):
+            environment[variable] = shlex.join(compiler)
     words = [str(word) for word in command]
     result = subprocess.run(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, check=False)
     if result.returncode != 0:

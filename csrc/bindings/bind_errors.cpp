@@ -1,4 +1,6 @@
 // The one place where the core's errors become Python's.
+#include <unistd.h>
+
 #include "bindings/bindings.h"
 
 namespace py = pybind11;
@@ -33,6 +35,15 @@ const char* class_name(ErrorKind kind) {
 }
 
 }  // namespace
+
+void park_if_finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  const bool finalizing = Py_IsFinalizing() != 0;
+#else
+  const bool finalizing = _Py_IsFinalizing() != 0;
+#endif
+  while (finalizing) pause();
+}
 
 void set_python_error(const Error& error) {
   try {

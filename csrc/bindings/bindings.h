@@ -16,11 +16,16 @@ void bind_capture_hook(pybind11::module_& module);
 // Raises the exception of `ml_debugger.errors` for an Error; leaves the Python error set.
 void set_python_error(const Error& error);
 
+// Before Python 3.14 a thread that asks a finalizing interpreter for the GIL is ended by unwinding,
+// through frames that cannot be unwound. It sleeps instead; the process is about to end.
+void park_if_finalizing();
+
 // Waits without the GIL; looks for signals between slices (only the main thread sees any).
 class GilWaitHooks final : public WaitHooks {
  public:
   void before_slice() override { state_ = PyEval_SaveThread(); }
   void after_slice() override {
+    park_if_finalizing();
     PyEval_RestoreThread(state_);
     if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
   }

@@ -103,11 +103,25 @@ void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype
   header.call = call.number;
   header.epoch = call.epoch;
   header.capture = number;
+  try {
+    copy_pieces(call, header, bytes, source, hooks);
+  } catch (...) {
+    // The user's forward may swallow it; a call with half a capture must not be stored all the
+    // same.
+    call.fate = ThreadCall::Fate::kBroken;
+    call.trouble = std::current_exception();
+    throw;
+  }
+}
+
+void Recorder::copy_pieces(ThreadCall& call, RecordHeader header, std::uint64_t bytes,
+                           ByteSource& source, WaitHooks& hooks) {
   Runtime& runtime = *call.runtime;
   const std::uint64_t max_piece = runtime.max_piece_bytes();
   for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored;
        offset += max_piece) {
     header.payload_bytes = std::min(max_piece, bytes - offset);
+    check_budget(call, header.payload_bytes, 0);
     Ring::Slot slot;
     if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
     Reservation<std::uint64_t> reservation(runtime.ring(), slot);
@@ -117,7 +131,7 @@ void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype
     reservation.publish();
     runtime.note_published();
     call.pieces.push_back({slot.position, header.payload_bytes});
-    ++call.captures[number].pieces;
+    ++call.captures[header.capture].pieces;
   }
 }
 
@@ -184,15 +198,21 @@ void Recorder::note_high_water(Ring& ring) noexcept {
   }
 }
 
-void Recorder::check_budget(const ThreadCall& call) const {
+// Bytes of the call that the writer has stored already are part of disk_bytes().
+void Recorder::check_budget(const ThreadCall& call, std::uint64_t more_bytes,
+                            std::uint64_t other_bytes) const {
   const auto& max_bytes = attempt_->store().options().max_bytes;
   if (!max_bytes) return;
-  const std::uint64_t used =
-      attempt_->store().disk_bytes() + attempt_->ledger().snapshot().bytes_in_flight;
-  if (used + call.bytes <= *max_bytes) return;
+  const std::uint64_t tail = call.runtime->ring().tail();
+  std::uint64_t own_bytes = more_bytes;
+  for (const CapturePiece& piece : call.pieces) {
+    if (piece.position >= tail) own_bytes += piece.bytes;
+  }
+  const std::uint64_t used = attempt_->store().disk_bytes() + other_bytes;
+  if (used + own_bytes <= *max_bytes) return;
   throw Error(ErrorKind::kDiskBudget,
               "the trace takes " + std::to_string(used) + " bytes and this call " +
-                  std::to_string(call.bytes) +
+                  std::to_string(own_bytes) +
                   " more, above max_bytes=" + std::to_string(*max_bytes),
               "raise TracerConfig.max_bytes, set keep_epochs, or drop an epoch");
 }
@@ -212,7 +232,10 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
                     " bytes, too many for the ring",
                 "record fewer columns a call, or raise TracerConfig.ring_bytes");
   }
-  if (call->fate == ThreadCall::Fate::kStored) check_budget(*call);
+  if (call->fate == ThreadCall::Fate::kBroken) std::rethrow_exception(call->trouble);
+  if (call->fate == ThreadCall::Fate::kStored) {
+    check_budget(*call, 0, attempt_->ledger().snapshot().bytes_in_flight);
+  }
   Ring::Slot slot;
   if (call->fate != ThreadCall::Fate::kStored || !reserve(*call, slot_bytes, &slot, hooks)) {
     count_lost(*call, rows);

@@ -25,6 +25,7 @@
 #include "clock.h"
 #include "process.h"
 #include "ring/byte_ring.h"
+#include "ring/record.h"
 #include "wait_hooks.h"
 
 namespace mld {
@@ -65,7 +66,8 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   // hooks.after_slice() throws.
   void capture(ThreadCall& call, std::uint32_t column, const char* dtype, const std::int64_t* dims,
                std::uint32_t ndim, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
-  // False when the call was lost (and counted). Throws as capture(), Error(kDiskBudget), and
+  // False when the call was lost (and counted). Throws what a capture of the call threw,
+  // Error(kRingOverflow, kTraceStall, kDiskBudget), and
   // Error(kTracerClosed) when close() has begun; the call stays open then.
   bool end_call(std::string_view description, std::uint32_t rows, std::uint32_t ground_truth_rows,
                 WaitHooks& hooks);
@@ -91,7 +93,11 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   [[nodiscard]] bool lose(ThreadCall& call, LossCause cause) noexcept;
   void let_go();
   void wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks);
-  void check_budget(const ThreadCall& call) const;
+  void copy_pieces(ThreadCall& call, RecordHeader header, std::uint64_t bytes, ByteSource& source,
+                   WaitHooks& hooks);
+  // Throws Error(kDiskBudget) if the call and `other_bytes` do not fit max_bytes.
+  void check_budget(const ThreadCall& call, std::uint64_t more_bytes,
+                    std::uint64_t other_bytes) const;
   void note_loss(const ThreadCall& call, std::uint64_t rows);
   void note_high_water(Ring& ring) noexcept;
   // The runtime; throws Error(kTracerClosed) when there is none any more.

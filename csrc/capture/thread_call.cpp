@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-
 namespace mld {
 namespace {
 
@@ -34,6 +33,7 @@ void ThreadCall::begin(std::shared_ptr<Runtime> new_runtime, std::uint64_t new_n
 
 void ThreadCall::end(State new_state) {
   state = new_state;
+  trouble = nullptr;
   runtime.reset();
 }
 

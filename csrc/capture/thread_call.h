@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <vector>
 
@@ -30,7 +31,7 @@ struct CapturePiece {
 
 struct ThreadCall {
   enum class State { kNone, kOpen, kEnded };
-  enum class Fate { kStored, kDiscarded, kFailed };
+  enum class Fate { kStored, kDiscarded, kFailed, kBroken };
 
   State state = State::kNone;
   Fate fate = Fate::kStored;
@@ -39,6 +40,7 @@ struct ThreadCall {
   std::int64_t epoch = kNoEpoch;
   std::uint32_t batch_size = 0;
   std::uint64_t bytes = 0;
+  std::exception_ptr trouble;  // when broken: what a capture threw, perhaps unseen by us since
   std::shared_ptr<Runtime> runtime;  // while open: another thread may close the recorder meanwhile
   // Keep their capacity from call to call.
   std::vector<CaptureInfo> captures;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <new>
 
 #include "store/crc32c.h"
 #include "store/files.h"
@@ -49,6 +50,8 @@ CommitResult Partition::commit(Clock::time_point now) {
       failures_ = 0;
       waiting_since_.reset();
       return result;
+    } catch (const std::bad_alloc&) {
+      return handle_failure(StoreError(ENOMEM, "out of memory while writing"), now);
     } catch (const StoreError& error) {
       const bool segment_was_full =
           error.code() == MDB_MAP_FULL && segment_ != nullptr && segment_->totals().calls != 0;

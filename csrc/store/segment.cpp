@@ -53,14 +53,12 @@ Segment::Segment(std::string directory, const SegmentIdentity& identity, Sync sy
   // The environment comes first: a directory with segment.json is always one that can be opened.
   environment_ = Environment::open(directory_, Access::kCreate, sync_, map_bytes_);
   map_bytes_ = environment_->map_bytes();
-  const bool durable = sync_ == Sync::kEveryCommit;
-  replace_file(path(kSegmentFile), segment_json(identity_, sync_), durable);
-  if (durable) {
-    // LMDB never syncs directories; until every level is, a power cut may take the whole segment.
-    const std::string partition = directory_.substr(0, directory_.rfind('/'));
-    sync_directory(partition);
-    sync_directory(partition.substr(0, partition.rfind('/')));
-  }
+  // In both modes: a sealed segment survives a power cut, so what leads to it must.
+  replace_file(path(kSegmentFile), segment_json(identity_, sync_), true);
+  // LMDB never syncs directories; until every level is, a power cut may take the whole segment.
+  const std::string partition = directory_.substr(0, directory_.rfind('/'));
+  sync_directory(partition);
+  sync_directory(partition.substr(0, partition.rfind('/')));
 }
 
 bool Segment::has_room_for(std::uint64_t bytes) const noexcept {

@@ -27,7 +27,7 @@ std::string partition_name(std::int64_t epoch);
 
 class Segment {
  public:
-  // Makes the directory and the environment in it, durable as a whole when `sync` is kEveryCommit.
+  // Makes the directory and the environment in it, durable as a whole.
   Segment(std::string directory, const SegmentIdentity& identity, Sync sync, std::size_t map_bytes);
 
   [[nodiscard]] const std::string& directory() const noexcept { return directory_; }

@@ -167,7 +167,13 @@ void Runtime::thread_main() {
   use_every_cpu();
   while (!stop_.load(std::memory_order_acquire)) {
     sleep_until_due();
-    work();
+    try {
+      work();
+    } catch (const std::exception& error) {
+      writer_.give_up(
+          error.what());  // beyond what a partition handles; training must not die of it
+      announce_progress();
+    }
   }
 }
 
@@ -182,8 +188,8 @@ void Runtime::sleep_until_due() {
   until.tv_nsec = ns % 1000000000;
   while (sem_clockwait(&wake_signal_, CLOCK_MONOTONIC, &until) != 0 && errno == EINTR) {
   }
-  // acq_rel PAIRS WITH wake(): whoever was spared the system call by the flag has published before
-  // we look.
+  // A producer that the flag spares its system call just now may publish after our look: then its
+  // bytes wait for the next interval, and a waiter wakes us again with each slice.
   wake_requested_.exchange(false, std::memory_order_acq_rel);
 }
 

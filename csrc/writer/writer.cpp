@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <string>
 
@@ -180,6 +181,12 @@ void Writer::fail_track(Track& track, const StoreError& error) {
   track.attempt->fail(error);
 }
 
+void Writer::give_up(const char* why) {
+  const StoreError error(EIO, std::string("the writer failed: ") + why);
+  for (auto& [id, track] : tracks_) fail_track(track, error);
+  release_committed();
+}
+
 void Writer::release_committed() {
   std::uint64_t tail = ring_.read_position();
   for (auto& [id, track] : tracks_) {
@@ -288,7 +295,7 @@ bool Writer::read_piece(std::uint32_t attempt_id, std::int64_t epoch, std::uint6
   return found;
 }
 
-void Writer::write_status(const StoreState& store, bool recording) noexcept {
+void Writer::write_status(const StoreState& store, bool recording) noexcept try {
   std::string attempts;
   for_each_of(store, [&](Track& track) {
     if (!attempts.empty()) attempts += ", ";
@@ -310,6 +317,8 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept {
   const ssize_t written = pwrite(file, text.data(), text.size(), 0);
   static_cast<void>(written);
   close(file);
+} catch (const std::exception&) {
+  // Out of memory: the next one tells as much.
 }
 
 void Writer::write_changed_status() noexcept {

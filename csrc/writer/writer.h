@@ -47,6 +47,8 @@ class Writer {
   // Copies one piece of a capture, from the ring or from its segment; false if it is gone.
   bool read_piece(std::uint32_t attempt_id, std::int64_t epoch, std::uint64_t call,
                   std::uint32_t capture, std::size_t piece, const CapturePiece& where, void* out);
+  // Ends every attempt, counted: the writer itself cannot go on with what is pending.
+  void give_up(const char* why);
   // The store's status file; never throws, since it only informs.
   void write_status(const StoreState& store, bool recording) noexcept;
   // The same for every store whose counters have moved since.

@@ -153,7 +153,11 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
     """
     entries = []
     for match, path in _matching(partition_dir, _SEGMENT):
-        description = _read_json(path / "segment.json")
+        try:
+            description = _read_json(path / "segment.json")
+        except CorruptDataError:
+            entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed=False, usable=False))
+            continue
         if description is None:
             continue
         check_format_version(description, path / "segment.json")

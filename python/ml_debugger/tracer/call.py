@@ -70,6 +70,20 @@ class TracedCall:
         self.stored_rows = len(ids) if rows is None else len(rows)
         self.ground_truth_rows = 0
 
+    def own_inputs(self) -> None:
+        """Copy what may still be the caller's memory: it is stored after the forward, which may change it."""
+        if self.labels is not None:
+            self.labels = self.labels._replace(values=_copied(self.labels.values))
+        if self.values is not None:
+            self.values = [
+                value if isinstance(value.payload, bytes) else value._replace(payload=_copied(value.payload))
+                for value in self.values
+            ]
+
+
+def _copied(values: Any) -> Any:
+    return values.clone() if isinstance(values, torch.Tensor) else values.copy()
+
 
 def parse_values(fields: list[Field], keywords: dict[str, Any], call: TracedCall) -> list[FieldValue]:
     """Values of additional fields in a call, in the order of the fields.

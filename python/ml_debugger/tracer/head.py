@@ -98,6 +98,9 @@ class HeadSearch:
                 handles.append(module.register_forward_pre_hook(watcher.before, with_kwargs=True))
                 handles.append(module.register_forward_hook(watcher.after))
             yield
+        except BaseException:
+            self._runs = []  # a failed forward must not keep its tensors alive
+            raise
         finally:
             self._thread = 0
             for handle in handles:

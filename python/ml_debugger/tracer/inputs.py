@@ -173,7 +173,7 @@ def parse_labels(ground_truth: Any, batch_size: int) -> Labels:
         raise InvalidInputError(
             f"ground_truth must have shape ({batch_size},) or ({batch_size}, C), as there are {batch_size} "
             f"input_ids, got {shape}",
-            "pass one label a sample",
+            "pass as many labels as input_ids, one a sample",
         )
     return labels
 

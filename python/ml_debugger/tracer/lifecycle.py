@@ -27,7 +27,8 @@ class _Registry:
     """Open sessions of this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Re-entrant: what is done under it may set off the collector, which closes a forgotten tracer.
+        self._lock = threading.RLock()
         self._open: dict[int, Closeable] = {}
         self._hooked_pid: int | None = None
 
@@ -49,13 +50,19 @@ class _Registry:
             return list(self._open.values())
 
     def close_all(self) -> None:
+        interruption: BaseException | None = None
         for session in self.open_sessions():
-            session.close_quietly()
+            try:
+                session.close_quietly()
+            except BaseException as error:  # Ctrl-C ends the wait for one; the others are closed all the same
+                interruption = error
             self.discard(session)
+        if interruption is not None:
+            raise interruption
 
     def forget_inherited(self) -> None:
         # The parent's sessions are the parent's; its lock may be held by a thread that does not exist here.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._open = {}
         atexit.unregister(self.close_all)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ml_debugger.errors import StorageError
 from ml_debugger.store.layout import NO_EPOCH
-from ml_debugger.tracer.session import TraceSession
+from ml_debugger.tracer.session import TraceSession, logger
 
 
 class Retention:
@@ -20,18 +21,27 @@ class Retention:
         self._begun: set[int] = set()
 
     def keep(self, epoch: int) -> None:
-        """Note that ``epoch`` is being recorded. Its first call drops what is too old, and waits for that."""
+        """Before a call of ``epoch``: its first one drops what is too old, and waits for that.
+
+        Raises:
+            StorageError: An old epoch cannot be deleted, and ``on_error="raise"``.
+        """
         if epoch in self._begun or epoch == NO_EPOCH:
             return
         self._begun.add(epoch)
         present = ({epoch, *self._session.epochs()} | self._begun) - {NO_EPOCH}
         older = sorted(other for other in present if other < epoch)
         surplus = older[: max(0, len(present) - self._keep_epochs)]
-        if surplus:
-            self._session.flush(None)  # rows on their way would bring an epoch back
-        for other in surplus:
-            self._session.drop_epoch(other, None)
-            self._begun.discard(other)
+        try:
+            if surplus:
+                self._session.flush(None)  # rows on their way would bring an epoch back
+            for other in surplus:
+                self._session.drop_epoch(other, None)
+                self._begun.discard(other)
+        except StorageError as error:
+            if self._session.config.on_error == "raise":
+                raise
+            logger.warning("keep_epochs: older epochs stay: %s", error)
 
     def forget(self, epoch: int | None) -> None:
         """An epoch (None: every one) was dropped by the user; it may begin again."""

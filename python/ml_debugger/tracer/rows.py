@@ -60,7 +60,7 @@ class RowWriter:
                 recorder.capture(columns.label, labels.values)
             else:
                 later = labels
-        # The core lists buffers as bytes; only we know what they are, so they follow what it describes itself.
+        # The core lists buffers as bytes; only we know what they are, so they follow what it describes.
         description = columns.describe(
             call.dataset_type,
             recorder.captures(),

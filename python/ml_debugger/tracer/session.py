@@ -62,7 +62,8 @@ class TraceSession:
         self._rank = rank
         self._pid = os.getpid()
         self._closed = False
-        self._close_lock = threading.Lock()
+        # Re-entrant: a signal handler that closes may run inside of a close that waits.
+        self._close_lock = threading.RLock()
         self._reported = (0, 0)
         # Attempt numbers and version files of this process's tracers must not interleave.
         with _opening:
@@ -83,10 +84,10 @@ class TraceSession:
             max_bytes=config.max_bytes,
         )
         try:
-            recorded = layout.write_version(self.directory, self.info, replace=recreate)
-            if recreate:
+            if recreate:  # first, so that a crash in between leaves no rows under another model's name
                 self._store.drop_all(timeout_s=config.stall_timeout_s)
-            else:
+            recorded = layout.write_version(self.directory, self.info, replace=recreate)
+            if not recreate:
                 check_same_trace(recorded, self.info)
             self.recorder = self._store.recorder(
                 layout.register_attempt(self.rank_directory),
@@ -204,12 +205,19 @@ class TraceSession:
             if self._closed:
                 return
             self._closed = True
-            lifecycle.unregister(self)
             try:
                 self._finish()
+            except MlDebuggerError:
+                raise
+            except BaseException:
+                # A signal ended the wait. Nothing is lost yet: the next close goes on, at the latest at exit.
+                self._closed = False
+                raise
             finally:
-                self._store.close()
-                self._log_losses()
+                if self._closed:
+                    lifecycle.unregister(self)
+                    self._store.close()
+                    self._log_losses()
 
     def _finish(self) -> None:
         timeout_s = self.config.close_timeout_s

@@ -249,6 +249,7 @@ class TorchTracer:
                 call.values = self._parse_values(keywords, ground_truth is not None, call)
             if ground_truth is not None:
                 call.labels = self._parse_labels(ground_truth, call.batch_size)
+            call.own_inputs()
         return call
 
     def _record_first(self, call: TracedCall, model_input: Any) -> Any:
@@ -263,6 +264,8 @@ class TorchTracer:
 
     def _record(self, call: TracedCall, model_input: Any, search: HeadSearch | None) -> Any:
         state, recorder = self._state, self._recorder
+        if self._retention is not None:
+            self._retention.keep(call.epoch)
         if state.call is not None:
             recorder.abort_call()  # its end was cut short by a signal, or it is the outer one of two
         try:
@@ -300,8 +303,6 @@ class TorchTracer:
             state.call, state.batch_size, state.rows = None, 0, None
         if not accepted:
             self._warn_of_failure()
-        elif self._retention is not None:
-            self._retention.keep(call.epoch)
         return output
 
     def _forward_and_find_head(self, search: HeadSearch, model_input: Any, call: TracedCall) -> Any:
@@ -476,10 +477,8 @@ class TorchTracer:
             StorageError: Rows could not be written.
             TraceStallError: The writer did not finish in time.
         """
-        if self._closed:
-            return
         self._closed = True
-        if self._session is None:
+        if self._session is None or self._session.closed:
             return
         self._hooks.remove()
         self._finalizer.detach()
@@ -502,6 +501,10 @@ class TorchTracer:
     def stats(self) -> TracerStats:
         """Counters of this tracer; also after ``close()``."""
         return TracerStats() if self._session is None else TracerStats.from_counters(self._session.counters())
+
+    def _require_open(self, what: str) -> None:
+        if self._closed:
+            raise self._closed_error(what)
 
     def _closed_error(self, what: str) -> TracerClosedError:
         return TracerClosedError(f"{what} came after close() of this tracer", "make a new tracer")

@@ -204,6 +204,7 @@ class TrainingTracer(TorchTracer):
         """
         epoch = require_epoch(n_epoch)
         only = None if attempt is None else require_epoch(attempt, parameter="attempt")
+        self._require_open("drop_epoch_data")
         self.flush()
         if self._session is None:
             return {"extracted_feature": 0}
@@ -217,6 +218,7 @@ class TrainingTracer(TorchTracer):
         Raises:
             TracerClosedError: After ``close()``.
         """
+        self._require_open("drop_version_data")
         self.flush()
         if self._session is not None:
             if self._retention is not None:
@@ -236,7 +238,9 @@ class _Secret:
         return "<no key>" if self._text is None else "<hidden key>"
 
     def __reduce__(self) -> Any:
-        raise InvalidTypeError("an api_key cannot be pickled", "set MLD_API_KEY where it is needed")
+        raise InvalidTypeError(
+            "a tracer cannot be copied or pickled", "copy the model, and make a tracer of its own"
+        )
 
     def reveal(self) -> str | None:
         """The text itself, for the request that needs it."""

@@ -212,7 +212,8 @@ def test_dropping_while_another_thread_records(make_tracer: Any) -> None:
     assert not problems
     tracer.flush()
     assert rows_of(n_epoch=0) == 200
-    assert rows_of(n_epoch=1) + dropped == 200
+    # A drop that meets an open call takes it along; that is counted apart.
+    assert rows_of(n_epoch=1) + dropped + tracer.stats().rows_discarded == 200
 
 
 def test_drop_version_data_empties_all_tables_and_recording_goes_on(make_tracer: Any, store: Path) -> None:
