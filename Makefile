@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
-NATIVE_FILES = $(shell find csrc tests/core -name '*.h' -o -name '*.cpp')
+NATIVE_FILES = $(shell find csrc tests/core tests/fake_cuda -name '*.h' -o -name '*.cpp')
 # ThreadSanitizer of GCC 12 cannot place its shadow where newer kernels randomise addresses widely.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 # Plugins by name: those that happen to be installed beside the starting interpreter's torch stay out.

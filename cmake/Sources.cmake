@@ -45,4 +45,20 @@ set(MLD_CORE_TESTS
     recorder_test.cpp
     overflow_test.cpp
     fork_test.cpp
+    fake_cuda_test.cpp
+    fake_cuda_rules_test.cpp
     stress_test.cpp)
+
+# Relative to tests/fake_cuda.
+set(MLD_FAKE_CUDA_SOURCES
+    accesses.cpp
+    api_context.cpp
+    api_memory.cpp
+    api_symbols.cpp
+    call.cpp
+    capture.cpp
+    control.cpp
+    driver.cpp
+    memory.cpp
+    rules.cpp
+    scheduler.cpp)

@@ -20,8 +20,8 @@ class TracerStats:
     Attributes:
         rows_submitted: Rows handed over by calls that returned.
         rows_committed: Rows that are on disk, as safe as ``durability`` says.
-        rows_discarded: Rows lost to a full ring (``overflow="discard"``), to a stall, or with an epoch that was
-            dropped while their call was running.
+        rows_discarded: Rows lost to a full ring (``overflow="discard"``), to a stall, or with an epoch
+            that was dropped while their call was running.
         rows_failed: Rows lost to a storage that failed for good.
         rows_in_flight: Rows on their way; a kill -9 now would cost at most these.
         bytes_submitted: Payload bytes, likewise.

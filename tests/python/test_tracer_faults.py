@@ -1,4 +1,4 @@
-"""Faults between user code and tracer: swallowed errors, signals while closing, inputs that the forward changes."""
+"""Faults between user code and tracer: swallowed errors, signals while closing, inputs changed in place."""
 
 from __future__ import annotations
 
