@@ -11,6 +11,8 @@ set(MLD_CORE_SOURCES
     csrc/store/partition.cpp
     csrc/store/store.cpp
     csrc/store/segment_reader.cpp
+    csrc/device/cuda_driver.cpp
+    csrc/device/device_stager.cpp
     csrc/capture/attempt.cpp
     csrc/capture/thread_call.cpp
     csrc/capture/recorder.cpp
@@ -47,6 +49,10 @@ set(MLD_CORE_TESTS
     fork_test.cpp
     fake_cuda_test.cpp
     fake_cuda_rules_test.cpp
+    cuda_driver_test.cpp
+    device_scenarios.cpp
+    device_stager_test.cpp
+    device_recorder_test.cpp
     stress_test.cpp)
 
 # Relative to tests/fake_cuda.

@@ -20,6 +20,7 @@ enum class ErrorKind {
   kCorruptData,
   kRingOverflow,
   kTraceStall,
+  kStreamCapture,
 };
 
 class Error : public std::runtime_error {

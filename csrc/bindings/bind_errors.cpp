@@ -30,6 +30,8 @@ const char* class_name(ErrorKind kind) {
       return "RingOverflowError";
     case ErrorKind::kTraceStall:
       return "TraceStallError";
+    case ErrorKind::kStreamCapture:
+      return "StreamCaptureError";
   }
   return "MlDebuggerError";
 }

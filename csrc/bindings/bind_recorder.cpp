@@ -119,12 +119,48 @@ py::dict counters(const Recorder& recorder) {
   return result;
 }
 
+// What the device path has to say, as a log line: a hook must not raise for it.
+void log_notice(DeviceStager& stager) {
+  if (const auto notice = stager.take_notice()) {
+    py::module_::import("logging").attr("getLogger")("ml_debugger").attr("warning")("%s", *notice);
+  }
+}
+
+// False when the tensor is a CPU copy now, for want of a path.
+bool capture_device_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column,
+                           TensorSource& source, WaitHooks& hooks) {
+  DeviceStager& stager = call.runtime->stager();
+  const TensorView& view = source.view();
+  const bool is_done = recorder.capture_device(call, column, view.dtype, view.dims, view.ndim,
+                                               view.bytes, source.place(), source, hooks);
+  log_notice(stager);
+  if (is_done) return true;
+  stager.count_synchronous_copy();
+  source.move_to_host();
+  return false;
+}
+
+py::dict device_report() {
+  py::dict result;
+  const auto runtime = Runtime::current();
+  if (runtime == nullptr) return result;
+  const DeviceReport report = runtime->stager().report();
+  result["copies"] = report.copies;
+  result["compute_stream_copies"] = report.compute_stream_copies;
+  result["synchronous_copies"] = report.synchronous_copies;
+  result["errors"] = report.errors;
+  result["last_error"] = report.last_error;
+  result["pinned"] = report.pinned;
+  return result;
+}
+
 }  // namespace
 
 void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column, py::handle tensor) {
   TensorSource source(tensor);
   GilWaitHooks hooks;
   const TensorView& view = source.view();
+  if (source.is_on_device() && capture_device_tensor(recorder, call, column, source, hooks)) return;
   recorder.capture(call, column, view.dtype, view.dims, view.ndim, view.bytes, source, hooks);
 }
 
@@ -170,6 +206,7 @@ void bind_recorder(py::module_& module) {
            })
       .def("counters", &counters)
       .def("close", &close, py::arg("timeout_s"));
+  module.def("device_report", &device_report);
 }
 
 }  // namespace mld

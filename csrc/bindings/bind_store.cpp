@@ -31,7 +31,8 @@ class StoreHandle {
   std::shared_ptr<Recorder> recorder(std::uint32_t attempt, const std::string& overflow,
                                      const std::string& on_error, std::size_t ring_bytes,
                                      std::size_t commit_bytes, double commit_interval_s,
-                                     double stall_timeout_s) {
+                                     double stall_timeout_s,
+                                     std::optional<std::size_t> device_ring_bytes) {
     if (attempt >= kMaxAttempts) {
       throw Error(ErrorKind::kInvalidInput,
                   "this trace has seen " + std::to_string(kMaxAttempts) +
@@ -48,6 +49,7 @@ class StoreHandle {
     options.commit_bytes = commit_bytes;
     options.commit_interval = to_duration(commit_interval_s);
     options.stall_timeout = to_duration(stall_timeout_s);
+    if (device_ring_bytes) options.device.ring_bytes = *device_ring_bytes;
     require_open();
     const py::gil_scoped_release unlocked;
     return Recorder::open(use_, options);
@@ -115,7 +117,8 @@ void bind_store(py::module_& module) {
       .def_property_readonly("disk_bytes", &StoreHandle::disk_bytes)
       .def("recorder", &StoreHandle::recorder, py::arg("attempt"), py::kw_only(),
            py::arg("overflow"), py::arg("on_error"), py::arg("ring_bytes"), py::arg("commit_bytes"),
-           py::arg("commit_interval_s"), py::arg("stall_timeout_s"))
+           py::arg("commit_interval_s"), py::arg("stall_timeout_s"),
+           py::arg("device_ring_bytes") = py::none())
       .def("drop_epoch", &StoreHandle::drop_epoch, py::arg("epoch"), py::kw_only(),
            py::arg("attempt"), py::arg("timeout_s"))
       .def("drop_all", &StoreHandle::drop_all, py::kw_only(), py::arg("timeout_s"))

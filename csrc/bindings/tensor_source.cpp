@@ -174,29 +174,58 @@ bool TensorSource::try_borrow() {
   dlpack::Tensor raw{};
   if (!borrow_raw(tensor_, &raw)) return false;
   const bool on_host = raw.device.type == dlpack::kCpu || raw.device.type == dlpack::kCudaHost;
-  if (!on_host || !is_contiguous(raw)) return false;
+  const bool on_device = raw.device.type == dlpack::kCuda;
+  if (!(on_host || on_device) || !is_contiguous(raw)) return false;
   // DLPack hands conjugated and negated views out as if they were resolved.
   if (has_flag(tensor_.ptr(), torch().is_neg)) return false;
   if (is_complex(raw.dtype) && has_flag(tensor_.ptr(), torch().is_conj)) return false;
   view_ = {static_cast<const std::byte*>(raw.data) + raw.byte_offset, raw.shape,
            static_cast<std::uint32_t>(raw.ndim), bytes_of(raw), dtype_name(raw.dtype)};
+  place_.device = on_device ? raw.device.index : -1;
   // FakeTensor and its like answer with no memory.
   return view_.dtype != nullptr && (raw.data != nullptr || view_.bytes == 0);
 }
 
+// On the device where there is a way from there; what this makes may be freed at once, since the
+// snapshot of it lies before in the order of its stream.
 void TensorSource::make_plain() {
+  const bool is_cuda = tensor_.attr("is_cuda").cast<bool>();
   try {
     py::object plain = tensor_.attr("detach")().attr("resolve_conj")().attr("resolve_neg")();
-    tensor_ = plain.attr("contiguous")().attr("cpu")();
+    plain = plain.attr("contiguous")();
+    tensor_ = is_cuda ? plain : plain.attr("cpu")();
   } catch (const py::error_already_set&) {
+    // Of a strided CUDA tensor it is the device that failed: that is the user's to see.
+    if (is_cuda && is_strided()) throw;
     // No dense form: try_borrow() fails again and the caller says so.
   }
 }
 
+bool TensorSource::is_strided() const {
+  return py::str(tensor_.attr("layout")).cast<std::string>() == "torch.strided";
+}
+
+void TensorSource::move_to_host() {
+  tensor_ = tensor_.attr("detach")().attr("cpu")();
+  static_cast<void>(borrow());
+}
+
+DevicePlace TensorSource::place() const {
+  DevicePlace found = place_;
+  const dlpack::ExchangeApi* api = exchange_api();
+  if (api != nullptr && api->current_work_stream != nullptr) {
+    if (api->current_work_stream(dlpack::kCuda, found.device, &found.stream) == 0) return found;
+    throw py::error_already_set();
+  }
+  const py::object stream =
+      py::module_::import("torch").attr("cuda").attr("current_stream")(found.device);
+  found.stream = reinterpret_cast<void*>(stream.attr("cuda_stream").cast<std::uintptr_t>());
+  return found;
+}
+
 void TensorSource::view_by_pointer() {
   view_ = {};
-  const std::string strided = py::str(tensor_.attr("layout")).cast<std::string>();
-  if (strided != "torch.strided") return;
+  if (!is_strided()) return;
   make_plain();
   const std::string dtype = py::str(tensor_.attr("dtype")).cast<std::string>();
   dims_ = tensor_.attr("shape").cast<std::vector<std::int64_t>>();
@@ -207,6 +236,8 @@ void TensorSource::view_by_pointer() {
       reinterpret_cast<const std::byte*>(tensor_.attr("data_ptr")().cast<std::uintptr_t>());
   view_.dtype = dtype_name(dtype.substr(dtype.find('.') + 1));
   if (view_.data == nullptr && view_.bytes != 0) view_.dtype = nullptr;
+  const bool is_cuda = tensor_.attr("is_cuda").cast<bool>();
+  place_.device = is_cuda ? tensor_.attr("device").attr("index").cast<int>() : -1;
 }
 
 const std::byte* TensorSource::borrow() {

@@ -19,19 +19,28 @@ namespace mld {
 
 class TensorSource final : public ByteSource {
  public:
-  // Takes what it can of `tensor` as it stands, and a dense CPU copy of what it cannot. Throws
-  // Error(kInvalidType) for what has no dense bytes.
+  // Takes what it can of `tensor` as it stands, and a dense copy of what it cannot: a CUDA tensor
+  // stays on its device, all else becomes a CPU tensor. Throws Error(kInvalidType) for what has no
+  // dense bytes.
   explicit TensorSource(pybind11::handle tensor);
 
   [[nodiscard]] const TensorView& view() const noexcept { return view_; }
+  // Address of the bytes: on the device if is_on_device().
   [[nodiscard]] const std::byte* borrow() override;
+  [[nodiscard]] bool is_on_device() const noexcept { return place_.device >= 0; }
+  // REQUIRES: is_on_device(). The device, and the stream that torch computes on there now.
+  [[nodiscard]] DevicePlace place() const;
+  // Becomes a CPU copy; waits for the device.
+  void move_to_host();
 
  private:
   [[nodiscard]] bool try_borrow();
   void make_plain();
+  [[nodiscard]] bool is_strided() const;
   void view_by_pointer();
 
   pybind11::object tensor_;  // the user's, or our dense copy
+  DevicePlace place_{-1, nullptr};
   TensorView view_;
   std::vector<std::int64_t> dims_;  // only without the exchange API
 };

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "device/device_stager.h"
 #include "errors.h"
 #include "ledger.h"
 #include "store/record_format.h"
@@ -28,6 +29,7 @@ struct RecorderOptions {
   OverflowPolicy overflow = OverflowPolicy::kBlock;
   OnError on_error = OnError::kRaise;
   std::size_t ring_bytes = std::size_t{256} << 20;
+  DeviceOptions device;
   std::size_t commit_bytes = std::size_t{32} << 20;
   std::chrono::nanoseconds commit_interval = std::chrono::milliseconds(500);
   std::chrono::nanoseconds stall_timeout = std::chrono::seconds(300);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "ring/record.h"
 #include "writer/runtime.h"
@@ -14,6 +15,7 @@ constexpr auto kLeastWait = std::chrono::milliseconds(200);
 // The writer gives up on a full disk after stall_timeout too, counted from its first failure; its
 // verdict says more than that of a waiter, so the waiter lets it come first.
 constexpr auto kVerdictGrace = std::chrono::seconds(1);
+constexpr auto kCopyPoll = std::chrono::microseconds(200);
 
 std::int64_t compose_row_id(std::uint64_t rank, std::uint64_t attempt, std::uint64_t row) noexcept {
   return static_cast<std::int64_t>(rank << (kAttemptBits + kRowBits) | attempt << kRowBits | row);
@@ -21,6 +23,12 @@ std::int64_t compose_row_id(std::uint64_t rank, std::uint64_t attempt, std::uint
 
 Error closed_error() {
   return Error(ErrorKind::kTracerClosed, "the tracer is closed", "make a new tracer");
+}
+
+Error stream_capture_error() {
+  return Error(ErrorKind::kStreamCapture,
+               "a traced layer ran on a CUDA stream that is being captured into a graph",
+               "call the model itself while capturing, and the tracer outside of it");
 }
 
 // Holds a count up while it lives. seq_cst on both sides PAIRS WITH close(): either close() sees
@@ -55,7 +63,7 @@ class StallClock {
 }  // namespace
 
 std::shared_ptr<Recorder> Recorder::open(const StoreUse& store, const RecorderOptions& options) {
-  auto runtime = Runtime::acquire(options.ring_bytes);
+  auto runtime = Runtime::acquire(options.ring_bytes, options.device);
   auto attempt = std::make_shared<AttemptState>(Runtime::next_attempt_id(), store, options);
   runtime->attach(attempt);
   return std::make_shared<Recorder>(std::move(runtime), std::move(attempt));
@@ -92,30 +100,25 @@ std::uint64_t Recorder::begin_call(std::int64_t epoch, std::uint32_t batch_size)
 void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype,
                        const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
                        ByteSource& source, WaitHooks& hooks) {
-  const auto number = static_cast<std::uint32_t>(call.captures.size());
-  call.captures.push_back({column, dtype, static_cast<std::uint32_t>(call.dims.size()), ndim,
-                           static_cast<std::uint32_t>(call.pieces.size()), 0, bytes});
-  call.dims.insert(call.dims.end(), dims, dims + ndim);
-  call.bytes += bytes;  // counted for lost calls too
-  RecordHeader header{};
-  header.kind = RecordKind::kChunk;
-  header.attempt = attempt_->id();
-  header.call = call.number;
-  header.epoch = call.epoch;
-  header.capture = number;
+  add_capture(call, column, dtype, dims, ndim, bytes);
   try {
-    copy_pieces(call, header, bytes, source, hooks);
+    copy_pieces(call, bytes, source, hooks);
   } catch (...) {
-    // The user's forward may swallow it; a call with half a capture must not be stored all the
-    // same.
-    call.fate = ThreadCall::Fate::kBroken;
-    call.trouble = std::current_exception();
+    break_call(call);
     throw;
   }
 }
 
-void Recorder::copy_pieces(ThreadCall& call, RecordHeader header, std::uint64_t bytes,
-                           ByteSource& source, WaitHooks& hooks) {
+// The user's forward may swallow what a capture threw; a call with half a capture must not be
+// stored all the same.
+void Recorder::break_call(ThreadCall& call) noexcept {
+  call.fate = ThreadCall::Fate::kBroken;
+  call.trouble = std::current_exception();
+}
+
+void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& source,
+                           WaitHooks& hooks) {
+  RecordHeader header = chunk_header(call);
   Runtime& runtime = *call.runtime;
   const std::uint64_t max_piece = runtime.max_piece_bytes();
   for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored;
@@ -133,6 +136,71 @@ void Recorder::copy_pieces(ThreadCall& call, RecordHeader header, std::uint64_t 
     call.pieces.push_back({slot.position, header.payload_bytes});
     ++call.captures[header.capture].pieces;
   }
+}
+
+bool Recorder::capture_device(ThreadCall& call, std::uint32_t column, const char* dtype,
+                              const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
+                              const DevicePlace& place, ByteSource& source, WaitHooks& hooks) {
+  const StageResult result = call.runtime->stager().open(place);
+  if (result == StageResult::kCapturing) throw stream_capture_error();
+  if (result == StageResult::kUnavailable) return false;
+  add_capture(call, column, dtype, dims, ndim, bytes);
+  if (result == StageResult::kLost) call.fate = ThreadCall::Fate::kFailed;
+  try {
+    stage_pieces(call, bytes, place, source, hooks);
+  } catch (...) {
+    break_call(call);
+    throw;
+  }
+  return true;
+}
+
+void Recorder::stage_pieces(ThreadCall& call, std::uint64_t bytes, const DevicePlace& place,
+                            ByteSource& source, WaitHooks& hooks) {
+  Runtime& runtime = *call.runtime;
+  RecordHeader header = chunk_header(call);
+  header.copy_device = static_cast<std::uint32_t>(place.device) + 1;
+  const std::uint64_t max_piece = runtime.max_piece_bytes();
+  for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored;
+       offset += max_piece) {
+    header.payload_bytes = std::min(max_piece, bytes - offset);
+    check_budget(call, header.payload_bytes, 0);
+    Ring::Slot slot;
+    if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
+    Reservation<std::uint64_t> reservation(runtime.ring(), slot);
+    const std::byte* from = source.borrow() + offset;
+    const StageResult result = runtime.stager().stage(place, from, slot.data + sizeof header,
+                                                      header.payload_bytes, &header.copy_sequence);
+    if (result == StageResult::kCapturing) throw stream_capture_error();
+    if (result != StageResult::kStaged) {
+      call.fate = ThreadCall::Fate::kFailed;
+      return;
+    }
+    std::memcpy(slot.data, &header, sizeof header);
+    reservation.publish();
+    runtime.note_published();
+    call.pieces.push_back(
+        {slot.position, header.payload_bytes, place.device, header.copy_sequence});
+    ++call.captures[header.capture].pieces;
+  }
+}
+
+void Recorder::add_capture(ThreadCall& call, std::uint32_t column, const char* dtype,
+                           const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes) {
+  call.captures.push_back({column, dtype, static_cast<std::uint32_t>(call.dims.size()), ndim,
+                           static_cast<std::uint32_t>(call.pieces.size()), 0, bytes});
+  call.dims.insert(call.dims.end(), dims, dims + ndim);
+  call.bytes += bytes;  // counted for lost calls too
+}
+
+RecordHeader Recorder::chunk_header(const ThreadCall& call) const noexcept {
+  RecordHeader header{};
+  header.kind = RecordKind::kChunk;
+  header.attempt = attempt_->id();
+  header.call = call.number;
+  header.epoch = call.epoch;
+  header.capture = static_cast<std::uint32_t>(call.captures.size() - 1);
+  return header;
 }
 
 bool Recorder::reserve(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
@@ -264,6 +332,8 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
 
 void Recorder::count_lost(ThreadCall& call, std::uint64_t rows) {
   if (call.fate == ThreadCall::Fate::kFailed) {
+    // With a device lost, and not the storage, earlier pieces may be stored.
+    if (!call.pieces.empty() && !attempt_->is_failed()) note_loss(call, 0);
     attempt_->ledger().submit_failed(rows, call.bytes);
     call.end(ThreadCall::State::kEnded);
     if (attempt_->options().on_error == OnError::kRaise) attempt_->raise_failure();
@@ -299,6 +369,7 @@ std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
     bool found = true;
   };
   const auto runtime = this->runtime();
+  wait_for_copies(*call, info, *runtime, hooks);
   auto result = std::make_shared<Result>();
   result->bytes.resize(info.bytes);
   const auto first = call->pieces.begin() + info.first_piece;
@@ -317,6 +388,28 @@ std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
   if (!result->found)
     throw Error(ErrorKind::kNotFound, "the last call's rows are gone: they were dropped or lost");
   return std::move(result->bytes);
+}
+
+// Until the bytes of a capture are in the ring.
+void Recorder::wait_for_copies(const ThreadCall& call, const CaptureInfo& info, Runtime& runtime,
+                               WaitHooks& hooks) const {
+  const auto deadline = Clock::now() + attempt_->options().stall_timeout;
+  const DeviceStager& stager = runtime.stager();
+  for (std::uint32_t number = 0; number < info.pieces; ++number) {
+    const CapturePiece& piece = call.pieces[info.first_piece + number];
+    while (piece.device >= 0 && !stager.has_arrived(piece.device, piece.copy_sequence)) {
+      if (stager.is_lost(piece.device) && !stager.has_arrived(piece.device, piece.copy_sequence)) {
+        throw Error(ErrorKind::kNotFound, "the capture was lost with its CUDA device");
+      }
+      if (Clock::now() >= deadline) {
+        throw Error(ErrorKind::kTraceStall, "a capture has not arrived from its CUDA device",
+                    "look whether the device still works, or raise TracerConfig.stall_timeout_s");
+      }
+      hooks.before_slice();
+      std::this_thread::sleep_for(kCopyPoll);
+      hooks.after_slice();
+    }
+  }
 }
 
 void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks& hooks) {

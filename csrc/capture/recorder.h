@@ -23,6 +23,7 @@
 #include "capture/attempt.h"
 #include "capture/thread_call.h"
 #include "clock.h"
+#include "device/device_stager.h"
 #include "process.h"
 #include "ring/byte_ring.h"
 #include "ring/record.h"
@@ -31,8 +32,10 @@
 namespace mld {
 
 class Runtime;
+struct RecordHeader;
 
-// Bytes to copy. They are borrowed anew before each piece, since a wait may lie between two.
+// Bytes to copy. They are borrowed anew before each piece, since a wait may lie between two. Of a
+// device tensor: its device address.
 class ByteSource {
  public:
   virtual ~ByteSource() = default;
@@ -66,6 +69,14 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   // hooks.after_slice() throws.
   void capture(ThreadCall& call, std::uint32_t column, const char* dtype, const std::int64_t* dims,
                std::uint32_t ndim, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
+  // The same for memory of a CUDA device: enqueues copies and waits for none. False, with nothing
+  // done, when the device has no such path: copy to the host, then capture(). A lost device loses
+  // the call (counted as failed) instead of raising, since the error is the user's to see. Throws
+  // as capture(), and Error(kStreamCapture).
+  [[nodiscard]] bool capture_device(ThreadCall& call, std::uint32_t column, const char* dtype,
+                                    const std::int64_t* dims, std::uint32_t ndim,
+                                    std::uint64_t bytes, const DevicePlace& place,
+                                    ByteSource& source, WaitHooks& hooks);
   // False when the call was lost (and counted). Throws what a capture of the call threw,
   // Error(kRingOverflow, kTraceStall, kDiskBudget), and
   // Error(kTracerClosed) when close() has begun; the call stays open then.
@@ -84,6 +95,12 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
  private:
   using Ring = MpscByteRing<std::uint64_t>;
 
+  // Lists a capture and counts its bytes.
+  void add_capture(ThreadCall& call, std::uint32_t column, const char* dtype,
+                   const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes);
+  [[nodiscard]] RecordHeader chunk_header(const ThreadCall& call) const noexcept;
+  void wait_for_copies(const ThreadCall& call, const CaptureInfo& info, Runtime& runtime,
+                       WaitHooks& hooks) const;
   // False when the call was lost instead, by the overflow policy or with its storage.
   [[nodiscard]] bool reserve(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
                              WaitHooks& hooks);
@@ -93,8 +110,11 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   [[nodiscard]] bool lose(ThreadCall& call, LossCause cause) noexcept;
   void let_go();
   void wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks);
-  void copy_pieces(ThreadCall& call, RecordHeader header, std::uint64_t bytes, ByteSource& source,
-                   WaitHooks& hooks);
+  void copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
+  void stage_pieces(ThreadCall& call, std::uint64_t bytes, const DevicePlace& place,
+                    ByteSource& source, WaitHooks& hooks);
+  // Within a catch: the call cannot be stored any more, and end_call() will say why.
+  static void break_call(ThreadCall& call) noexcept;
   // Throws Error(kDiskBudget) if the call and `other_bytes` do not fit max_bytes.
   void check_budget(const ThreadCall& call, std::uint64_t more_bytes,
                     std::uint64_t other_bytes) const;

@@ -27,6 +27,8 @@ struct CaptureInfo {
 struct CapturePiece {
   std::uint64_t position;  // in the ring
   std::uint64_t bytes;
+  int device = -1;                  // whose copy brings the bytes; -1: they are there
+  std::uint64_t copy_sequence = 0;  // its number
 };
 
 struct ThreadCall {

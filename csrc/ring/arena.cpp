@@ -48,6 +48,8 @@ Arena::Arena(std::size_t bytes)
   prefault(data_, bytes_);
 }
 
-Arena::~Arena() { munmap(data_, bytes_); }
+Arena::~Arena() {
+  if (!is_leaked_) munmap(data_, bytes_);
+}
 
 }  // namespace mld

@@ -17,10 +17,13 @@ class Arena {
 
   [[nodiscard]] std::byte* data() const noexcept { return data_; }
   [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+  // The memory stays until the process ends: somebody may still write to it.
+  void leak() noexcept { is_leaked_ = true; }
 
  private:
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
+  bool is_leaked_ = false;
 };
 
 }  // namespace mld

@@ -130,20 +130,31 @@ class MpscByteRing {
 
   // Consumer: the next published or abandoned slot; false when there is none yet.
   [[nodiscard]] bool read(Slot* slot) noexcept {
+    if (!peek(slot)) return false;
+    advance(*slot);
+    return true;
+  }
+
+  // Consumer: the same slot, which stays the next one until advance().
+  [[nodiscard]] bool peek(Slot* slot) noexcept {
     for (;;) {
-      std::atomic<std::uint32_t>& state = marks_[read_position_ % capacity_];
       // acquire PAIRS WITH mark(): the slot's bytes are visible.
-      const std::uint32_t value = state.load(std::memory_order_acquire);
+      const std::uint32_t value =
+          marks_[read_position_ % capacity_].load(std::memory_order_acquire);
       if (value == 0) return false;
-      state.store(0, std::memory_order_relaxed);  // INVARIANT 1; producers see it through tail_
       const auto granules = static_cast<Index>(value >> kStateBits);
-      const Index position = read_position_;
-      read_position_ = static_cast<Index>(position + granules);
-      if ((value & kStateMask) == kPadding) continue;
-      *slot = Slot{arena_ + std::size_t{static_cast<Index>(position % capacity_)} * kGranuleBytes,
-                   position, granules, (value & kStateMask) == kAbandoned};
-      return true;
+      *slot =
+          Slot{arena_ + std::size_t{static_cast<Index>(read_position_ % capacity_)} * kGranuleBytes,
+               read_position_, granules, (value & kStateMask) == kAbandoned};
+      if ((value & kStateMask) != kPadding) return true;
+      advance(*slot);
     }
+  }
+  // Consumer: steps over the slot that peek() has shown.
+  void advance(const Slot& slot) noexcept {
+    // INVARIANT 1; relaxed: producers see it through tail_.
+    marks_[slot.position % capacity_].store(0, std::memory_order_relaxed);
+    read_position_ = slot.end();
   }
 
   // Consumer: the bytes of a slot that was published and is not released.

@@ -22,11 +22,16 @@ struct alignas(64) RecordHeader {
   std::uint64_t payload_bytes;
   // kChunk
   std::uint32_t capture;
+  // Whose copy fills the payload: the device's index + 1, or 0 when the bytes came with the header.
+  // A record may be published before its copy has arrived; `copy_sequence` tells when it has.
+  std::uint32_t copy_device;
   // kCall
   std::uint32_t rows, ground_truth_rows;
-  std::uint32_t reserved;
   std::int64_t first_row;
-  std::uint64_t call_bytes;  // payload of all the call's captures
+  union {
+    std::uint64_t call_bytes;     // kCall: payload of all the call's captures
+    std::uint64_t copy_sequence;  // kChunk: number of the copy on its device, from 1
+  };
 
   [[nodiscard]] std::string_view payload() const noexcept {
     return {reinterpret_cast<const char*>(this + 1), payload_bytes};

@@ -20,6 +20,8 @@ constexpr std::uint64_t kLargestPieceBytes = std::uint64_t{1} << 20;
 constexpr std::uint64_t kPageBytes = 4096;
 constexpr std::uint64_t kLmdbPageHeaderBytes = 16;
 constexpr auto kWaitSlice = std::chrono::milliseconds(50);
+constexpr auto kCopyPoll = std::chrono::milliseconds(1);
+constexpr auto kCopyPatience = std::chrono::seconds(10);
 constexpr auto kStatusInterval = std::chrono::milliseconds(200);
 
 // A call of several columns should be able to fill the ring while earlier pieces are written: 1/8
@@ -51,14 +53,14 @@ void use_every_cpu() {
 
 }  // namespace
 
-std::shared_ptr<Runtime> Runtime::acquire(std::size_t ring_bytes) {
+std::shared_ptr<Runtime> Runtime::acquire(std::size_t ring_bytes, const DeviceOptions& device) {
   Process& state = process();
   const std::lock_guard<std::mutex> lock(state.runtime_mutex);
   if (auto runtime = state.runtime.lock()) return runtime;
   const std::uint64_t generation = process_generation();
   // In a forked child the ring's memory is not there and the thread does not run: leaked, never
   // torn down.
-  std::shared_ptr<Runtime> runtime(new Runtime(ring_bytes), [generation](Runtime* owned) {
+  std::shared_ptr<Runtime> runtime(new Runtime(ring_bytes, device), [generation](Runtime* owned) {
     if (generation == process_generation()) delete owned;
   });
   state.runtime = runtime;
@@ -76,11 +78,12 @@ std::shared_ptr<Runtime> Runtime::current() {
   return state.runtime.lock();
 }
 
-Runtime::Runtime(std::size_t ring_bytes)
+Runtime::Runtime(std::size_t ring_bytes, const DeviceOptions& device)
     : arena_(usable_ring_bytes(ring_bytes)),
       ring_(arena_.data(), arena_.bytes() / Ring::kGranuleBytes),
+      stager_(arena_.data(), arena_.bytes(), device),
       max_piece_bytes_(piece_bytes_for(arena_.bytes())),
-      writer_(ring_) {
+      writer_(ring_, &stager_) {
   sem_init(&wake_signal_, 0, 0);
   group_bytes_.store(std::uint64_t{32} << 20, std::memory_order_relaxed);
   wake_granules_.store(arena_.bytes() / 2 / Ring::kGranuleBytes, std::memory_order_relaxed);
@@ -104,6 +107,9 @@ Runtime::~Runtime() {
   wake();
   thread_.join();
   sem_destroy(&wake_signal_);
+  // A call that raced with the last close may have left copies; a device that still writes into the
+  // ring keeps it.
+  if (!stager_.shut_down(kCopyPatience)) arena_.leak();
 }
 
 void Runtime::attach(const std::shared_ptr<AttemptState>& attempt) {
@@ -130,12 +136,15 @@ void Runtime::wake() noexcept {
 }
 
 void Runtime::wait_slice(std::uint64_t seen, WaitHooks& hooks) {
+  // relaxed: is_awaited() may lag; the wake-up orders.
+  waiters_.fetch_add(1, std::memory_order_relaxed);
   wake();
   hooks.before_slice();
   {
     std::unique_lock<std::mutex> lock(progress_mutex_);
     progress_changed_.wait_for(lock, kWaitSlice, [&] { return progress() != seen; });
   }
+  waiters_.fetch_sub(1, std::memory_order_relaxed);
   hooks.after_slice();
 }
 
@@ -181,6 +190,10 @@ void Runtime::sleep_until_due() {
   auto sleep = std::chrono::nanoseconds(interval_ns_.load(std::memory_order_relaxed));
   if (retry_at_)
     sleep = std::min(sleep, std::max(*retry_at_ - Clock::now(), std::chrono::nanoseconds(0)));
+  // A copy announces itself to nobody. Without hurry it is looked for at the next interval, so that
+  // the youngest copies of a steady training do not cut its groups into pieces.
+  if (writer_.waits_for_copy() && is_awaited())
+    sleep = std::min<std::chrono::nanoseconds>(sleep, kCopyPoll);
   timespec until{};
   clock_gettime(CLOCK_MONOTONIC, &until);
   const std::int64_t ns = until.tv_nsec + sleep.count();
@@ -191,6 +204,11 @@ void Runtime::sleep_until_due() {
   // A producer that the flag spares its system call just now may publish after our look: then its
   // bytes wait for the next interval, and a waiter wakes us again with each slice.
   wake_requested_.exchange(false, std::memory_order_acq_rel);
+}
+
+bool Runtime::is_awaited() const noexcept {
+  return waiters_.load(std::memory_order_relaxed) != 0 ||
+         ring_.head() - ring_.read_position() >= wake_granules_.load(std::memory_order_relaxed);
 }
 
 void Runtime::work() {

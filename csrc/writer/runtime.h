@@ -25,6 +25,7 @@
 #include <thread>
 
 #include "capture/attempt.h"
+#include "device/device_stager.h"
 #include "ring/arena.h"
 #include "ring/byte_ring.h"
 #include "wait_hooks.h"
@@ -36,16 +37,17 @@ class Runtime {
  public:
   using Ring = Writer::Ring;
 
-  // The process's runtime; the first caller's ring_bytes decide its size.
-  static std::shared_ptr<Runtime> acquire(std::size_t ring_bytes);
+  // The process's runtime; the first caller's ring_bytes and device options hold for all.
+  static std::shared_ptr<Runtime> acquire(std::size_t ring_bytes, const DeviceOptions& device = {});
   // The process's runtime if there is one.
   static std::shared_ptr<Runtime> current();
-  explicit Runtime(std::size_t ring_bytes);
+  explicit Runtime(std::size_t ring_bytes, const DeviceOptions& device = {});
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
 
   [[nodiscard]] Ring& ring() noexcept { return ring_; }
+  [[nodiscard]] DeviceStager& stager() noexcept { return stager_; }
   // Payload of the largest piece: small beside the ring, and with LMDB's 16-byte page header a
   // whole number of pages.
   [[nodiscard]] std::uint64_t max_piece_bytes() const noexcept { return max_piece_bytes_; }
@@ -87,6 +89,7 @@ class Runtime {
 
   void thread_main();
   void sleep_until_due();
+  [[nodiscard]] bool is_awaited() const noexcept;
   void work();
   void keep_house();
   void run_tasks();
@@ -94,6 +97,7 @@ class Runtime {
 
   Arena arena_;
   Ring ring_;
+  DeviceStager stager_;
   const std::uint64_t max_piece_bytes_;
   // producers and waiters -> thread
   sem_t wake_signal_;
@@ -102,6 +106,7 @@ class Runtime {
   std::atomic<std::uint64_t> wake_granules_{0};
   std::atomic<std::uint64_t> group_bytes_{0};
   std::atomic<std::int64_t> interval_ns_{0};
+  std::atomic<std::uint32_t> waiters_{0};
   std::mutex tasks_mutex_;
   std::deque<std::shared_ptr<Task>> tasks_;  // protected by tasks_mutex_
   // thread -> waiters

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "store/crc32c.h"
 #include "store/files.h"
@@ -18,6 +19,9 @@ namespace {
 // their turn comes.
 constexpr std::size_t kMaxOpenPartitions = 8;
 constexpr std::uint64_t kGroupBytes = std::uint64_t{32} << 20;
+// A copy waits for the GPU's work before it and for nothing of ours.
+constexpr auto kCopyPatience = std::chrono::seconds(10);
+constexpr auto kCopyPoll = std::chrono::milliseconds(1);
 constexpr auto kSyncInterval = std::chrono::seconds(60);
 
 std::string status_json(std::uint32_t attempt, const Counters& counters) {
@@ -89,7 +93,13 @@ bool Writer::drain_group(Clock::time_point now, std::uint64_t group_bytes) {
 
 void Writer::drain_all() {
   const std::uint64_t target = ring_.head();  // producers may go on; they do not hold us
-  while (drain_group(Clock::now(), kGroupBytes) && ring_.read_position() < target) {
+  const auto deadline = Clock::now() + kCopyPatience;
+  for (;;) {
+    const bool did_some = drain_group(Clock::now(), kGroupBytes);
+    if (ring_.read_position() >= target) return;
+    if (did_some) continue;
+    if (!waits_for_copy_ || Clock::now() >= deadline) return;
+    std::this_thread::sleep_for(kCopyPoll);
   }
 }
 
@@ -97,17 +107,31 @@ bool Writer::read_group(std::uint64_t group_bytes) {
   Ring::Slot slot;
   std::uint64_t bytes = 0;
   bool read_some = false;
-  while (bytes < group_bytes && ring_.read(&slot)) {
+  waits_for_copy_ = false;
+  while (bytes < group_bytes && ring_.peek(&slot)) {
+    const CopyState copy = state_of(slot);
+    if (copy == CopyState::kPending) {
+      waits_for_copy_ = true;
+      break;
+    }
+    ring_.advance(slot);
     read_some = true;
     if (slot.abandoned) continue;
     const auto* header = reinterpret_cast<const RecordHeader*>(slot.data);
     bytes += header->payload_bytes;
-    take({slot.position, header});
+    take({slot.position, header}, copy);
   }
   return read_some;
 }
 
-void Writer::take(const PendingRecord& record) {
+CopyState Writer::state_of(const Ring::Slot& slot) const noexcept {
+  if (slot.abandoned) return CopyState::kArrived;
+  const auto* header = reinterpret_cast<const RecordHeader*>(slot.data);
+  if (header->copy_device == 0) return CopyState::kArrived;
+  return copies_ == nullptr ? CopyState::kLost : copies_->state_of(*header);
+}
+
+void Writer::take(const PendingRecord& record, CopyState copy) {
   const auto found = tracks_.find(record.header->attempt);
   if (found == tracks_.end())
     return;  // its attempt is closed: it came from a call that raced with close()
@@ -118,7 +142,19 @@ void Writer::take(const PendingRecord& record) {
     }
     return;
   }
+  if (is_of_lost_call(track, *record.header, copy)) return;
   partition_of(track, record.header->epoch).add(record);
+}
+
+bool Writer::is_of_lost_call(Track& track, const RecordHeader& header, CopyState copy) {
+  if (copy == CopyState::kLost) track.lost_calls.insert(header.call);
+  if (track.lost_calls.empty() || track.lost_calls.count(header.call) == 0) return false;
+  if (header.kind == RecordKind::kCall) {
+    track.lost_calls.erase(header.call);
+    track.attempt->ledger().fail(header.rows, header.call_bytes);
+    partition_of(track, header.epoch).forget_call(header.call);
+  }
+  return true;
 }
 
 void Writer::collect_losses() {
@@ -128,7 +164,7 @@ void Writer::collect_losses() {
     for (const LossNote& note : loss_scratch_) {
       Partition& partition = partition_of(track, note.epoch);
       for (std::uint64_t call = note.gap.first_call; call <= note.gap.last_call; ++call)
-        partition.forget_call(call);
+        partition.forget_call(call), track.lost_calls.erase(call);
       if (note.gap.rows != 0 && !track.attempt->is_failed()) partition.add_gap(note.gap);
     }
   }

@@ -9,11 +9,13 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <vector>
 
 #include "capture/attempt.h"
 #include "capture/thread_call.h"
 #include "ring/byte_ring.h"
+#include "ring/copy_watch.h"
 #include "store/partition.h"
 
 namespace mld {
@@ -22,7 +24,8 @@ class Writer {
  public:
   using Ring = MpscByteRing<std::uint64_t>;
 
-  explicit Writer(Ring& ring) : ring_(ring) {}
+  // Without a watch the ring holds no records that wait for a copy.
+  explicit Writer(Ring& ring, CopyWatch* copies = nullptr) : ring_(ring), copies_(copies) {}
 
   void attach(std::shared_ptr<AttemptState> attempt);
   // Commits what there is, seals the attempt's segments and forgets it. Throws StoreError if
@@ -34,8 +37,10 @@ class Writer {
   // to do.
   bool drain_group(Clock::time_point now, std::uint64_t group_bytes);
   // Until all that is published now is read, and every partition is committed or waits for its
-  // disk.
+  // disk. Waits for copies that are on their way, but not for ever.
   void drain_all();
+  // Whether the next record cannot be read before its copy has arrived.
+  [[nodiscard]] bool waits_for_copy() const noexcept { return waits_for_copy_; }
   // Periodic work: durability="process" is synced every minute.
   void maintain(Clock::time_point now);
   // When a partition wants to be tried again; nullopt when none waits.
@@ -60,11 +65,15 @@ class Writer {
   struct Track {
     std::shared_ptr<AttemptState> attempt;
     Partitions partitions;
-    std::uint64_t rows_in_status = 0;  // moved since, if it differs
+    std::set<std::uint64_t> lost_calls;  // open ones with a copy that never came
+    std::uint64_t rows_in_status = 0;    // moved since, if it differs
   };
 
   bool read_group(std::uint64_t group_bytes);
-  void take(const PendingRecord& record);
+  [[nodiscard]] CopyState state_of(const Ring::Slot& slot) const noexcept;
+  void take(const PendingRecord& record, CopyState copy);
+  // Whether the record belongs to a call that cannot be complete; counts the call when it ends.
+  bool is_of_lost_call(Track& track, const RecordHeader& header, CopyState copy);
   void collect_losses();
   bool commit_due(Clock::time_point now);
   void commit(Track& track, Partition& partition, Clock::time_point now);
@@ -77,6 +86,8 @@ class Writer {
   void for_each_of(const StoreState& store, Visit visit);
 
   Ring& ring_;
+  CopyWatch* const copies_;
+  bool waits_for_copy_ = false;
   std::map<std::uint32_t, Track> tracks_;  // by attempt id
   std::vector<Partition*> open_;           // with open environments, least recently used first
   std::vector<LossNote> loss_scratch_;

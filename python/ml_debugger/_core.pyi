@@ -45,6 +45,7 @@ class Store:
         commit_bytes: int,
         commit_interval_s: float,
         stall_timeout_s: float,
+        device_ring_bytes: int | None = None,
     ) -> Recorder:
         """Open the recording side of one attempt; the first one starts the ring and the writer thread."""
 
@@ -78,7 +79,10 @@ class Recorder:
         """
 
     def capture(self, column: int, tensor: Any) -> None:
-        """Copy one dense torch tensor into the current call; blocks only as ``overflow`` says."""
+        """Copy one torch tensor into the current call; blocks only as ``overflow`` says.
+
+        Of a CUDA tensor the copy is only enqueued. Raises StreamCaptureError on a stream that is captured.
+        """
 
     def capture_buffer(self, column: int, data: Buffer) -> None:
         """Copy bytes into the current call, listed by ``captures`` as dtype ``uint8`` with shape ``(n,)``."""
@@ -152,6 +156,9 @@ class Segment:
 
 def crc32c(data: Buffer, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of ``data``, continued from ``crc``."""
+
+def device_report() -> dict[str, Any]:
+    """Copies from CUDA devices by kind, driver errors, whether the ring is pinned; {} without a ring."""
 
 def is_locked(path: str) -> bool:
     """Whether a process holds the writer lock file ``path``; False if there is none."""

@@ -97,6 +97,7 @@ class TraceSession:
                 commit_bytes=config.commit_bytes,
                 commit_interval_s=config.commit_interval_s,
                 stall_timeout_s=config.stall_timeout_s,
+                device_ring_bytes=config.device_ring_bytes,
             )
         except BaseException:
             self._store.close()

@@ -6,7 +6,7 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ml_debugger.errors import (
     InvalidInputError,
     InvalidTypeError,
     NotFoundError,
+    StreamCaptureError,
     TracerClosedError,
 )
 from ml_debugger.stats import TracerStats
@@ -205,6 +206,8 @@ class TorchTracer:
             InvalidTypeError: Likewise.
             AliasNotCapturedError: A traced layer did not run. Nothing of the call is stored.
             RingOverflowError: The ring is full and ``overflow="raise"``.
+            StreamCaptureError: The current CUDA stream is being captured into a graph. The forward did not
+                run.
             TraceStallError: It stayed full for ``stall_timeout_s``.
             DiskBudgetError: The trace has reached ``max_bytes``.
             StorageError: The storage has failed for good and ``on_error="raise"``.
@@ -237,6 +240,13 @@ class TorchTracer:
         self, ground_truth: Any, input_ids: Any, dataset_type: Any, n_epoch: Any, keywords: dict[str, Any]
     ) -> TracedCall:
         """Check everything that can be checked before the forward."""
+        # Untyped in some versions of torch and not in others.
+        is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+        if is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise StreamCaptureError(
+                "the current CUDA stream is being captured into a graph",
+                "call the model itself while capturing, and the tracer outside of it",
+            )
         self._state.captured = None
         ids = parse_ids(input_ids)
         rows = None if self._sample_filter is None else self._sample_filter.rows(ids)

@@ -1,0 +1,153 @@
+// Copies of CUDA memory into ring slots, beside the compute stream: a hook only enqueues, and the
+// writer sees when the bytes have arrived. It knows neither calls nor records.
+//
+//   compute stream:  ... kernel ─ D2D snapshot ─ record event ─ later kernels, in-place operations
+//                                                     │
+//   our stream:              ... ─ earlier copies ─ wait ─ D2H into the slot ─ write word := n ─
+//   ...
+//                                                                                    │
+//   host:            writer, by acquire loads only:            "copy n has arrived" ◄┘
+//
+// One of our streams a device, so its copies end in the order of their sequence numbers and one
+// 4-byte word in pinned memory tells about all of them: no query, no callback, no host wait.
+// A device slot and an event are free again when the word has passed their number. With no room in
+// the device ring, the D2H copy itself goes to the compute stream, and our stream waits for it.
+//
+// Thread safety: open, stage, has_arrived, report, take_notice from any thread; state_of and
+// probing from the writer thread; shut_down when neither producers nor writer are there any more.
+//
+// INVARIANT 1: a stream only waits for an event that is already recorded (waiting for another one
+//              is a no-op), so all waits depend on device work alone, never on disk or writer.
+// INVARIANT 2: numbers are given and their operations enqueued under one lock a device, so the
+//              order of numbers is the order of our stream.
+// INVARIANT 3: a copy counts as lost only when its context is lost, and a copy enqueued in part is
+//              waited for, so nobody writes to a slot that was given up.
+// INVARIANT 4: nothing is enqueued on a stream that is being captured into a graph, and our calls
+//              run in RELAXED capture mode, so that they never invalidate a capture of another
+//              thread.
+//
+// After an unexpected code of the driver the device's path is closed for good. A lost context
+// (a sticky error) loses what is asked of it from then on; otherwise callers copy synchronously.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "clock.h"
+#include "device/cuda_driver.h"
+#include "process.h"
+#include "ring/copy_watch.h"
+
+namespace mld {
+
+struct DeviceOptions {
+  std::string library = cuda::Driver::kLibrary;
+  std::size_t ring_bytes = std::size_t{64} << 20;  // a device; at most 1 % of its memory is taken
+};
+
+// Where a tensor lies and in which order with what.
+struct DevicePlace {
+  int device = 0;
+  void* stream = nullptr;  // the compute stream; null is the legacy one
+};
+
+enum class StageResult {
+  kStaged,       // enqueued; it arrives by itself
+  kCapturing,    // the stream is being captured into a graph; nothing was enqueued
+  kUnavailable,  // there is no such path, or not any more: copy synchronously
+  kLost,         // the context is lost: nothing can be copied from this device any more
+};
+
+struct DeviceReport {
+  std::uint64_t copies = 0;  // enqueued
+  std::uint64_t compute_stream_copies = 0;
+  std::uint64_t synchronous_copies = 0;  // that callers made instead
+  std::uint64_t errors = 0;
+  std::string last_error;
+  bool pinned = false;  // the arena
+};
+
+class DeviceStager final : public CopyWatch {
+ public:
+  static constexpr int kMaxDevices = 64;
+
+  // `arena` is where slots lie; it outlives the stager. Nothing is loaded or taken before open().
+  DeviceStager(std::byte* arena, std::size_t arena_bytes, DeviceOptions options);
+  ~DeviceStager() override;
+  DeviceStager(const DeviceStager&) = delete;
+  DeviceStager& operator=(const DeviceStager&) = delete;
+
+  // Before a capture: whether its tensor can be staged. Sets the device up when it is the first.
+  [[nodiscard]] StageResult open(const DevicePlace& place) noexcept;
+  // Enqueues the copy of `bytes` at device address `from`, as they are at this point of the compute
+  // stream, to `to` in the arena. REQUIRES: open() has returned kStaged; `to` stays reserved until
+  // the copy with number `*sequence` has arrived or is lost.
+  [[nodiscard]] StageResult stage(const DevicePlace& place, const std::byte* from, std::byte* to,
+                                  std::size_t bytes, std::uint64_t* sequence) noexcept;
+  void count_synchronous_copy() noexcept;
+
+  // Any thread; false also for what is lost.
+  [[nodiscard]] bool has_arrived(int device, std::uint64_t sequence) const noexcept;
+  // Any thread: whether what has not arrived yet never will.
+  [[nodiscard]] bool is_lost(int device) const noexcept;
+  [[nodiscard]] CopyState state_of(const RecordHeader& header) noexcept override;
+
+  [[nodiscard]] DeviceReport report() const;
+  // What a user should be told, once each; nullopt when there is nothing new.
+  [[nodiscard]] std::optional<std::string> take_notice();
+
+  // Waits for copies in flight and gives everything back. False when they have not ended by then:
+  // all of it, and the arena, must stay for ever.
+  [[nodiscard]] bool shut_down(std::chrono::nanoseconds patience) noexcept;
+
+ private:
+  struct Device;
+  class Session;
+
+  [[nodiscard]] Device* find(int device) const noexcept;
+  [[nodiscard]] const cuda::Driver* load_driver();
+  [[nodiscard]] Device* make_device(int index);
+  [[nodiscard]] StageResult set_up(Device& device) noexcept;
+  [[nodiscard]] cuda::Result take_resources(Device& device);
+  void take_device_ring(Device& device) const;
+  void pin_arena();
+  [[nodiscard]] cuda::Result enqueue(Device& device, cuda::Stream compute, cuda::DevicePointer from,
+                                     std::byte* to, std::size_t bytes) noexcept;
+  void close_device(Device& device, cuda::Result code, const char* what) noexcept;
+  // `code`, or that of a context that turns out to be lost.
+  [[nodiscard]] cuda::Result drain(const Device& device, cuda::Stream compute,
+                                   cuda::Result code) const noexcept;
+  void probe(Device& device) noexcept;
+  void release(Device& device) noexcept;
+  void note(const std::string& text) noexcept;
+
+  // constant after construction
+  std::byte* const arena_;
+  const std::size_t arena_bytes_;
+  const DeviceOptions options_;
+  const std::uint64_t generation_ = process_generation();
+  // shared
+  std::array<std::atomic<Device*>, kMaxDevices> devices_{};
+  std::atomic<bool> unavailable_{false};  // no driver
+  std::atomic<std::uint64_t> copies_{0}, compute_stream_copies_{0}, synchronous_copies_{0};
+  std::atomic<bool> has_notice_{false};
+  mutable std::mutex notes_mutex_;
+  std::uint64_t errors_ = 0;  // protected by notes_mutex_, as are the next two
+  std::string last_error_;
+  std::string notice_;
+  // Taken to make and set up devices, and by nothing that the writer does.
+  std::mutex setup_mutex_;
+  std::unique_ptr<cuda::Driver> driver_;  // set once under setup_mutex_, before any Device
+  bool arena_tried_ = false;              // protected by setup_mutex_
+  std::atomic<bool> pinned_{false};
+};
+
+}  // namespace mld
