@@ -76,6 +76,7 @@ class TracerConfig:
         commit_interval_s: Longest time between a call and its commit while the disk keeps up. Default 0.5 s.
         device_ring_bytes: Device staging in bytes. Default 64 MiB, at most 1 % of the device.
         staging_dir: Local directory for data being written when ``data_dir`` is on a network filesystem.
+            Without effect in this version, which refuses such a ``data_dir``.
             Default None.
         stall_timeout_s: Longest wait without progress. Default 300 s.
         close_timeout_s: Longest wait of ``close()`` and of the process's end. Default 60 s.

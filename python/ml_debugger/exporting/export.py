@@ -84,7 +84,7 @@ def _replace(
         file.flush()
         os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        layout.sync_directory(path.parent)
 
 
 def _write_archive(
@@ -126,14 +126,6 @@ def _temporary(directory: Path) -> Iterator[tuple[IO[bytes], Path]]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -279,7 +279,7 @@ def make_directory(path: Path) -> None:
     with _storage_errors(f"create the directory {path}"):
         for directory in reversed(missing):
             directory.mkdir(mode=0o700, exist_ok=True)
-            _sync_directory(directory.parent)
+            sync_directory(directory.parent)
         if not path.is_dir():
             raise NotADirectoryError(f"{path} is not a directory")
 
@@ -288,7 +288,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     """Replace ``path`` (mode 0600), atomic and durable: temporary file, fsync, rename, directory fsync."""
     with _storage_errors(f"write {path}"), _temporary_json(path, document) as temporary:
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def _create_json(path: Path, document: dict[str, Any]) -> bool:
@@ -302,7 +302,7 @@ def _create_json(path: Path, document: dict[str, Any]) -> bool:
             if path.exists():
                 return False
             os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         return True
 
 
@@ -333,7 +333,8 @@ def _storage_errors(action: str) -> Iterator[None]:
         ) from error
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Force a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
