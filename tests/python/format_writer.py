@@ -50,7 +50,10 @@ def slug(name: str) -> str:
 
 @dataclass
 class Column:
-    """One column of one call: an array of raw elements, a list of arrays, or a list of str or bytes."""
+    """One column of one call: an array of raw elements, a list of arrays, or a list of str or bytes.
+
+    An array of integers of type ``str`` is text that is stored as integers.
+    """
 
     values: Any
     type: str = "tensor"
@@ -151,7 +154,7 @@ class FormatWriter:
     def call(
         self,
         number: int,
-        ids: Sequence[str],
+        ids: Sequence[str] | np.ndarray,
         features: Mapping[str, Column],
         truths: Mapping[str, Column] | None = None,
         *,
@@ -174,7 +177,7 @@ class FormatWriter:
         columns, chunks, inlined = [], [], b""
         capture = 0
         tables = {
-            "extracted_feature": {"input_id": Column(list(ids), "str"), **features},
+            "extracted_feature": {"input_id": Column(ids, "str"), **features},
             "ground_truth": truths or {},
         }
         for table, table_columns in tables.items():
@@ -231,9 +234,10 @@ def _describe(table: str, name: str, column: Column, capture: int) -> tuple[dict
     entry = {"table": table, "name": name, "type": column.type, "capture": capture}
     if column.broadcast:
         entry["broadcast"] = True
-    if column.type in ("str", "bytes"):
+    is_array = isinstance(column.values, np.ndarray)
+    if column.type in ("str", "bytes") and not is_array:
         return entry, [msgpack.packb(list(column.values))]
-    if isinstance(column.values, np.ndarray):
+    if is_array:
         entry |= {"dtype": column.dtype or column.values.dtype.name, "shape": list(column.values.shape)}
         return entry, [column.values.tobytes()]
     rows = [np.asarray(row) for row in column.values]

@@ -16,18 +16,19 @@ import msgpack
 
 def samples(column, captures, rows):
     data, count = captures[column["capture"]], 1 if column.get("broadcast") else rows
-    stream = io.BytesIO(data)
-    if column["type"] in ("str", "bytes"):
+    dtype, shape, stream = column.get("dtype"), column.get("shape"), io.BytesIO(data)
+    if dtype is None:
         values = msgpack.unpackb(data)
-    elif column["shape"] is not None:
-        shape = column["shape"][1:]
-        values = [(column["dtype"], shape, stream.read(len(data) // count)) for _ in range(count)]
+    elif shape is not None:
+        values = [(dtype, shape[1:], stream.read(len(data) // count)) for _ in range(count)]
     else:
         flat = [number for (number,) in struct.iter_unpack("<q", captures[column["shapes"]])]
         ndim = len(flat) // count
         shapes = [[n for n in flat[i * ndim : (i + 1) * ndim] if n != -1] for i in range(count)]
         item = len(data) // max(1, sum(map(math.prod, shapes)))
-        values = [(column["dtype"], shape, stream.read(item * math.prod(shape))) for shape in shapes]
+        values = [(dtype, shape, stream.read(item * math.prod(shape))) for shape in shapes]
+    if dtype and column["type"] == "str":
+        values = [str(int.from_bytes(value, "little", signed=dtype[0] == "i")) for _, _, value in values]
     return values * (rows // count)
 
 
@@ -36,9 +37,8 @@ def read(trace):
 
     def get(path, database):
         if path not in envs:
-            envs[path] = lmdb.open(
-                str(path), readonly=True, max_dbs=2, lock=not (path / "sealed.json").exists()
-            )
+            is_sealed = (path / "sealed.json").exists()
+            envs[path] = lmdb.open(str(path), readonly=True, max_dbs=2, lock=not is_sealed)
         with envs[path].begin(db=envs[path].open_db(database, create=False)) as txn:
             return {int.from_bytes(key, "big"): value for key, value in txn.cursor()}
 

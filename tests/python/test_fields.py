@@ -38,7 +38,20 @@ ACCEPTED = [
     ("int", [1, -2, 3], [1, -2, 3]),
     ("int", np.array([1, 2, 3], np.uint64), [1, 2, 3]),
     ("int", torch.tensor([1, 2, 3], dtype=torch.int8), [1, 2, 3]),
+    ("int", torch.tensor([1, 2, 3]).view(torch.uint64), [1, 2, 3]),
+    ("int", torch.arange(6)[::2], [0, 2, 4]),
     ("int", torch.tensor(5), [5]),
+    ("int", np.array(5, ">i2"), [5]),
+    ("int", [torch.tensor(5), torch.tensor(6), torch.tensor(7)], [5, 6, 7]),
+    ("int", [torch.tensor(5), 6, torch.tensor(7, dtype=torch.uint64)], [5, 6, 7]),
+    ("float", [torch.tensor(0.5), torch.tensor(2), 1], [0.5, 2.0, 1.0]),
+    ("float", torch.tensor([2**53 + 1, 2**62 + 1, 3]), [float(2**53), float(2**62), 3.0]),
+    ("float", torch.tensor(0.5, dtype=torch.float16), [0.5]),
+    ("float", torch.tensor([-1, 2, 3]).view(torch.uint64), [float(2**64 - 1), 2.0, 3.0]),
+    ("float", np.array([2**64 - 1, 2**53 + 1, 3], np.uint64), [float(2**64 - 1), float(2**53), 3.0]),
+    ("bool", np.array([True, False, True]), [True, False, True]),
+    ("str", np.array(["a", "b", "c"], dtype=object), ["a", "b", "c"]),
+    ("str", np.array("abc"), ["abc"]),
     ("float", 0.5, [0.5]),
     ("float", 2, [2.0]),
     ("float", [1, 2.5, np.float32(0.5)], [1.0, 2.5, 0.5]),
@@ -67,6 +80,13 @@ WRONG = [
     ("int", True),
     ("int", "1"),
     ("int", [1, 2, True]),
+    ("int", np.timedelta64(1)),
+    ("float", [0.5, np.timedelta64(1), 0.5]),
+    ("tensor", np.zeros((3, 2), np.longdouble)),
+    ("int", [torch.zeros(1, dtype=torch.int64)] * 3),
+    ("int", [torch.tensor(1.0)] * 3),
+    ("int", torch.tensor([True, False, True])),
+    ("str", torch.tensor([1, 2, 3])),
     ("int", None),
     ("int", torch.tensor([1.0, 2.0, 3.0])),
     ("int", np.array([True, False, True])),
@@ -96,6 +116,10 @@ def test_another_type_is_refused(kind: str, value: Any) -> None:
 OUT_OF_RANGE = [
     ("int", [1, 2]),
     ("int", 1 << 63),
+    ("int", torch.tensor([-1, 2, 3]).view(torch.uint64)),
+    ("int", np.array([2**63, 2, 3], np.uint64)),
+    ("int", torch.zeros(3, 2, dtype=torch.int64)),
+    ("int", torch.zeros(2, dtype=torch.int64)),
     ("int", np.zeros((3, 2), int)),
     ("float", 10**400),
     ("str", ["a"] * 4),
@@ -112,6 +136,21 @@ OUT_OF_RANGE = [
 def test_another_length_shape_or_range_is_refused(kind: str, value: Any) -> None:
     with pytest.raises(InvalidInputError, match="'f'"):
         parse(kind, value)
+
+
+NUMBER_DTYPES = {"int": "int64", "float": "float64", "bool": "bool"}
+
+
+@pytest.mark.parametrize("kind", NUMBER_DTYPES)
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_numbers_take_the_dtype_of_the_field_in_whatever_form_they_come(kind: str, form: Any) -> None:
+    one = kind == "bool" or 1
+    single = one if form is list else form(one)
+    for given, shape in ((form([one] * BATCH), (BATCH,)), (single, (1,))):
+        value = parse(kind, given)
+        assert (value.dtype, value.shape, value.broadcast) == (NUMBER_DTYPES[kind], shape, shape == (1,))
+        assert isinstance(value.payload, torch.Tensor)
+        assert value.payload.dtype == getattr(torch, NUMBER_DTYPES[kind])
 
 
 def test_int64_limits_are_kept() -> None:
@@ -145,6 +184,8 @@ def test_samples_of_differing_shape_keep_their_shapes() -> None:
 
 def test_sampled_rows_are_selected() -> None:
     assert listed(parse("int", [1, 2, 3], rows=[0, 2])) == [1, 3]
+    assert listed(parse("int", torch.tensor([1, 2, 3]), rows=[0, 2])) == [1, 3]
+    assert listed(parse("float", np.array([1, 2, 3]), rows=[2])) == [3.0]
     assert listed(parse("str", ["a", "b", "c"], rows=[1])) == ["b"]
     assert parse("tensor", torch.arange(3), rows=[2]).payload.tolist() == [2]
     assert parse("tensor", [torch.zeros(1), torch.ones(2), torch.ones(2)], rows=[1, 2]).shape == (2, 2)

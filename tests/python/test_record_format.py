@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from format_writer import Column, FormatWriter
@@ -116,6 +117,22 @@ def test_a_stranger_reads_what_the_tracer_recorded(tmp_path: Path) -> None:
         assert truth["soft"] == raw(torch.tensor([7, -7][sample]))
 
 
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if "int" in name])
+def test_a_stranger_reads_ids_that_are_stored_as_integers(tmp_path: Path, dtype: str) -> None:
+    limits = torch.iinfo(getattr(torch, dtype))
+    ids = np.array([limits.min, limits.max, 7], dtype)
+    model = torch.nn.Linear(2, 2)
+    with ClassificationTracer(
+        model, "m", "v", {"layer": ""}, config=TracerConfig(data_dir=tmp_path)
+    ) as tracer:
+        for given in (ids, torch.from_numpy(ids), list(map(str, ids))):
+            tracer(torch.randn(3, 2), None, given, "train", 0)
+    found = stranger(tracer_directory(tmp_path))["extracted_feature"]
+    expected = [str(limits.min), str(limits.max), "7"] * 3
+    assert [found[number]["input_id"] for number in sorted(found)] == expected
+    assert open_trace("m", "v", data_dir=tmp_path).tensors("extracted_feature")["input_id"] == expected
+
+
 def tracer_directory(data_dir: Path) -> Path:
     (version,) = data_dir.glob("*/*/version.json")
     return version.parent
@@ -129,12 +146,14 @@ def test_our_reader_and_the_stranger_agree_on_a_trace_written_from_the_document(
             "features": Column(generator.normal(size=(3, 2)).astype("<f4")),
             "ragged": Column([np.arange(n, dtype="<i4") for n in (call, 0, 2)]),
             "camera": Column(["left"], "str", broadcast=True),
+            "number": Column(np.array([call - 2], "<i2"), "str", broadcast=True),
         }
+        ids = np.array([7, 8, 200], "u1") if call % 2 else ["7", "b", "c"]
         first = (call % 2) << 49 | 3 * (call // 2)
         # Every call is in two segments, as after a commit whose outcome nobody knew.
         for sequence in (call // 3, 2):
             writer.call(
-                call, ["a", "b", "c"], columns, pieces=3, inline=["camera"], first_row=first,
+                call, ids, columns, pieces=3, inline=["camera"], first_row=first,
                 epoch=call % 2 or None, rank=call % 2, sequence=sequence,
             )  # fmt: skip
     rows = stranger(writer.write())["extracted_feature"]
@@ -147,3 +166,6 @@ def test_our_reader_and_the_stranger_agree_on_a_trace_written_from_the_document(
         assert row["features"] == raw(tensors["features"][position])
         assert row["ragged"] == raw(tensors["ragged"][position])
         assert row["camera"] == tensors["camera"][position] == "left"
+        assert row["number"] == tensors["number"][position]
+    assert set(tensors["input_id"]) == {"7", "8", "200", "b", "c"}
+    assert set(tensors["number"]) == {"-2", "-1", "0", "1", "2"}

@@ -27,6 +27,7 @@ def write_one(tmp_path: Path) -> FormatWriter:
         "features": Column(np.ones((2, 3), "<f4")),
         "ragged": Column([np.ones(2, "<f4"), np.ones((3, 1), "<f4")]),
         "camera": Column(["left", "right"], "str"),
+        "number": Column(np.array([1, -2], "<i4"), "str"),
     }
     writer.call(0, ["a", "b"], columns, {"label": Column(np.array([1, 2], "<i8"))}, inline=["camera"])
     return writer
@@ -97,6 +98,11 @@ LIES: dict[str, Callable[[list[Any]], Any]] = {
     "a name that is no text": set_column("features", "name", 5),
     "a column twice": set_column("features", "name", "ragged"),
     "no input_id": set_column("input_id", "name", "x"),
+    "text stored as floats": set_column("number", "dtype", "float64"),
+    "text stored as widened integers": set_column("number", "dtype", "bfloat16"),
+    "text stored as wider integers than there are": set_column("number", "dtype", "int64"),
+    "text stored as several integers": set_column("number", "shape", [2, 1]),
+    "text stored as integers of differing shape": set_column("number", "shape", None),
     "an unknown capture": set_column("ragged", "shapes", 99),
     "a dataset_type that is no text": lambda document: document[2].update(dataset_type=3),
     "no columns": lambda document: document[2].pop("columns") and None,

@@ -217,6 +217,18 @@ def test_sampling_keeps_the_same_rows_of_every_column(make: Any) -> None:
     assert torch.equal(stored("features"), model.act(model.body(inputs))[position].detach())
 
 
+def test_sampling_keeps_the_same_ids_whether_they_come_as_integers_or_as_text(make: Any) -> None:
+    tracer = make(Net(), {"act": "act"}, options={"sample_fraction": 0.5})
+    numbers = torch.arange(40, dtype=torch.int32)
+    for ids in (numbers, numbers.numpy(), numbers.tolist(), list(map(str, numbers.tolist()))):
+        tracer(torch.randn(40, 6), numbers, ids)
+    tracer.flush()
+    kept = stored("input_id")
+    share = len(kept) // 4
+    assert 0 < share < 40 and kept == kept[:share] * 4
+    assert stored("label", "ground_truth").tolist() == list(map(int, kept))
+
+
 def test_every_n_calls_records_the_first_of_each_n(make: Any, inputs: torch.Tensor) -> None:
     tracer = make(Net(), {"body": "body"}, options={"every_n_calls": 3})
     for epoch in range(7):

@@ -14,11 +14,14 @@ from ml_debugger.errors import InvalidInputError, InvalidTypeError
 from ml_debugger.tracer.inputs import (
     check_dataset_type,
     check_epoch,
+    id_texts,
     parse_ids,
     parse_labels,
     require_epoch,
     select_epoch,
+    select_ids,
 )
+from ml_debugger.tracer.outputs import dtype_name
 from ml_debugger.tracer.sampling import SampleFilter
 
 IDS = [
@@ -27,20 +30,56 @@ IDS = [
     ([1, -2], ["1", "-2"]),
     ([1, "b"], ["1", "b"]),
     ([10**30], [str(10**30)]),
+    ([2**63, -(2**63)], ["9223372036854775808", "-9223372036854775808"]),
     (range(3), ["0", "1", "2"]),
+    (range(2**63, 2**63 + 1), ["9223372036854775808"]),
+    (range(0), []),
+    (np.array([1, 2], ">u8"), ["1", "2"]),
+    (np.array([2**64 - 1], np.uint64), ["18446744073709551615"]),
+    (np.arange(6)[::-2], ["5", "3", "1"]),
     (np.array([1, 2], np.uint8), ["1", "2"]),
     (np.array(["x", "ü"]), ["x", "ü"]),
     (np.array(["x", 3], dtype=object), ["x", "3"]),
     ([np.str_("x"), np.int64(3)], ["x", "3"]),
     (torch.tensor([5, 6], dtype=torch.int16), ["5", "6"]),
+    (torch.tensor([-1]).view(torch.uint64), ["18446744073709551615"]),
+    (torch.arange(6)[::2], ["0", "2", "4"]),
     ([torch.tensor(5), torch.tensor(6)], ["5", "6"]),
+    ([torch.tensor(5), torch.tensor(6, dtype=torch.int8), 7, "8"], ["5", "6", "7", "8"]),
+    ([torch.tensor(5, dtype=torch.uint16)], ["5"]),
     ([], []),
 ]
 
 
 @pytest.mark.parametrize(("given_ids", "expected"), IDS, ids=str)
 def test_ids_become_text(given_ids: Any, expected: list[str]) -> None:
-    assert parse_ids(given_ids) == expected
+    assert id_texts(parse_ids(given_ids)) == expected
+
+
+INTEGERS = [
+    (range(3), torch.int64),
+    ([1, np.int64(2)], torch.int64),
+    (np.array([1, 2], np.uint8), torch.uint8),
+    (np.array([1, 2], ">u4"), torch.uint32),
+    (torch.tensor([5, 6], dtype=torch.int16), torch.int16),
+    ([torch.tensor(5, dtype=torch.int8), torch.tensor(6, dtype=torch.int8)], torch.int8),
+]
+
+
+@pytest.mark.parametrize(("given_ids", "dtype"), INTEGERS, ids=str)
+def test_integer_ids_stay_integers_in_their_dtype(given_ids: Any, dtype: torch.dtype) -> None:
+    ids = parse_ids(given_ids)
+    assert isinstance(ids, torch.Tensor)
+    assert (type(ids), ids.dtype, ids.is_contiguous()) == (torch.Tensor, dtype, True)
+    assert id_texts(select_ids(ids, [1])) == [str(int(given_ids[1]))]
+
+
+@pytest.mark.parametrize("given_ids", [["a", "b"], [1, 2], np.array([1, 2]), torch.tensor([1, 2])], ids=repr)
+def test_ids_share_no_memory_with_what_was_given(given_ids: Any) -> None:
+    before = list(map(str, np.asarray(given_ids)))
+    ids = parse_ids(given_ids)
+    given_ids[0] = given_ids[1]
+    assert id_texts(ids) == before
 
 
 @pytest.mark.parametrize(
@@ -64,6 +103,11 @@ def test_ids_become_text(given_ids: Any, expected: list[str]) -> None:
         torch.tensor([1.0]),
         torch.tensor([True]),
         [torch.tensor(1.0)],
+        [torch.zeros(1, dtype=torch.int64)],
+        [np.timedelta64(1)],
+        [torch.tensor(True), torch.tensor(False)],
+        [1, True],
+        [1, 1.0],
     ],
     ids=str,
 )
@@ -72,7 +116,11 @@ def test_other_ids_are_refused_by_type(given_ids: Any) -> None:
         parse_ids(given_ids)
 
 
-@pytest.mark.parametrize("given_ids", [["a\0"], ["\ud800"], np.zeros((2, 2), int), torch.tensor(3)], ids=repr)
+@pytest.mark.parametrize(
+    "given_ids",
+    [["a\0"], ["\ud800"], np.zeros((2, 2), int), torch.tensor(3)],
+    ids=repr,
+)
 def test_other_ids_are_refused_by_value(given_ids: Any) -> None:
     with pytest.raises(InvalidInputError):
         parse_ids(given_ids)
@@ -93,6 +141,12 @@ LABELS = [
     (torch.zeros(3, dtype=torch.bfloat16), "bfloat16", (3,)),
     (torch.zeros(3, 7), "float32", (3, 7)),
     ([torch.tensor(1), torch.tensor(2), torch.tensor(0)], "int64", (3,)),
+    ([torch.tensor(1, dtype=torch.uint8)] * 3, "int64", (3,)),
+    ([torch.tensor(1, dtype=torch.uint64)] * 3, "int64", (3,)),
+    ([torch.tensor(1.0), torch.tensor(2), torch.tensor(0)], "float64", (3,)),
+    ([torch.ones(2, dtype=torch.bfloat16)] * 3, "float64", (3, 2)),
+    ([torch.tensor(True)] * 3, "bool", (3,)),
+    ([torch.tensor(1j)] * 3, "complex128", (3,)),
     ([True, False, True], "bool", (3,)),
 ]
 
@@ -100,8 +154,15 @@ LABELS = [
 @pytest.mark.parametrize(("labels", "dtype", "shape"), LABELS, ids=str)
 def test_labels_keep_their_dtype_and_shape(labels: Any, dtype: str, shape: tuple[int, ...]) -> None:
     parsed = parse_labels(labels, 3)
-    assert (parsed.dtype, parsed.shape) == (dtype, shape)
-    assert np.asarray(torch.as_tensor(np.asarray(parsed.values.tolist()))).shape == shape
+    assert (dtype_name(parsed.dtype), tuple(parsed.shape)) == (dtype, shape)
+    as_listed = [value.tolist() if isinstance(value, torch.Tensor) else value for value in labels]
+    assert parsed.tolist() == np.asarray(as_listed).tolist()
+
+
+def test_labels_of_an_array_that_may_not_be_written_are_copied() -> None:
+    labels = np.arange(3)
+    labels.flags.writeable = False
+    assert parse_labels(labels, 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

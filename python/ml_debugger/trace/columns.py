@@ -250,6 +250,9 @@ def _lists(reader: PieceReader, calls: list[KeptCall], schema: ColumnSchema) -> 
 
 
 def _unpack_list(call: Call, column: ColumnDescription, buffer: Array) -> list[Any]:
+    if column.dtype:
+        texts = list(map(str, buffer.view(recorded_dtype(column.dtype).raw).tolist()))
+        return texts * call.rows if column.broadcast else texts
     expected = str if column.type == "str" else bytes
     try:
         values = msgpack.unpackb(buffer.data)

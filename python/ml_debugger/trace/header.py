@@ -44,8 +44,8 @@ class ColumnDescription:
         table: ``extracted_feature`` or ``ground_truth``.
         name: Name of the column.
         type: ``tensor``, ``int``, ``float``, ``bool``, ``str`` or ``bytes``.
-        dtype: Torch name; empty for ``str`` and ``bytes``.
-        row_shape: Shape of one sample; None for ``str``, ``bytes`` and where samples differ.
+        dtype: Torch name; empty for ``bytes`` and ``str``, except text that is stored as integers.
+        row_shape: Shape of one sample; None where there is no dtype, and where samples differ.
         capture: Number of the capture that holds the values.
         shapes_capture: Number of the capture that holds the samples' shapes, where they differ.
         broadcast: Whether the one stored sample stands for all of the call.
@@ -67,8 +67,8 @@ class ColumnDescription:
 
     @property
     def is_list(self) -> bool:
-        """Whether the capture is a msgpack array with one text or binary value a sample."""
-        return not self.dtype
+        """Whether rows are text or bytes."""
+        return self.type in ("str", "bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,13 +239,15 @@ def _decode_column(entry: dict[str, Any]) -> ColumnDescription:
     table, name, kind = entry["table"], _text(entry["name"]), entry["type"]
     if table not in TABLES or kind not in _COLUMN_TYPES:
         raise ValueError(f"column {name!r} has table {table!r} and type {kind!r}")
-    if kind in ("str", "bytes"):
+    if kind == "bytes" or (kind == "str" and "dtype" not in entry):
         return ColumnDescription(
             table, name, kind, "", None, _natural(entry["capture"]), None, bool(entry.get("broadcast"))
         )
     dtype = recorded_dtype(entry["dtype"]).name
     if FIELD_DTYPES.get(kind, dtype) != dtype:
         raise ValueError(f"column {name!r} has type {kind!r} and dtype {dtype!r}")
+    if kind == "str" and (entry["shape"] is None or len(entry["shape"]) != 1 or not _is_integer(dtype)):
+        raise ValueError(f"column {name!r} is text stored as {dtype!r} of shape {entry['shape']}")
     row_shape, shapes_capture = None, None
     if entry["shape"] is None:
         shapes_capture = _natural(entry["shapes"])
@@ -268,6 +270,11 @@ def _decode_column(entry: dict[str, Any]) -> ColumnDescription:
         shapes_capture,
         bool(entry.get("broadcast")),
     )
+
+
+def _is_integer(dtype: str) -> bool:
+    recorded = recorded_dtype(dtype)
+    return recorded.is_native and recorded.raw.kind in "iu"
 
 
 def _check_sizes(call: Call) -> None:

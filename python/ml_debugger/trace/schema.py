@@ -114,7 +114,7 @@ class ColumnSchema:
         self.max_ndim = max(self.max_ndim, len(column.row_shape or ()))
         if column.recorded not in self.recorded:
             self.recorded.append(column.recorded)
-        if column.dtype and column.dtype not in self.dtypes:
+        if not column.is_list and column.dtype not in self.dtypes:
             self.dtypes.append(column.dtype)
         if not column.is_list and len(self.row_shapes) < 2 and column.row_shape not in self.row_shapes:
             self.row_shapes.append(column.row_shape)

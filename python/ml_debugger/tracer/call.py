@@ -9,8 +9,8 @@ import torch
 from ml_debugger.errors import InvalidInputError
 from ml_debugger.tracer.description import CapturedColumn
 from ml_debugger.tracer.fields import Field, FieldValue
-from ml_debugger.tracer.inputs import Labels
-from ml_debugger.tracer.outputs import CallState, select_rows
+from ml_debugger.tracer.inputs import Ids
+from ml_debugger.tracer.outputs import CallState
 
 
 class ThreadState(CallState):
@@ -25,7 +25,7 @@ class TracedCall:
 
     Attributes:
         input_ids: As given.
-        ids: As text, all of them.
+        ids: All of them, as they are stored.
         batch_size: How many.
         rows: Positions of the sampled ones; None keeps all.
         dataset_type: As given, checked.
@@ -54,7 +54,7 @@ class TracedCall:
     )
 
     def __init__(
-        self, input_ids: Any, ids: list[str], rows: list[int] | None, dataset_type: str, epoch: int
+        self, input_ids: Any, ids: Ids, rows: list[int] | None, dataset_type: str, epoch: int
     ) -> None:
         self.input_ids = input_ids
         self.ids = ids
@@ -63,26 +63,20 @@ class TracedCall:
         self.dataset_type = dataset_type
         self.epoch = epoch
         self.values: list[FieldValue] | None = None
-        self.labels: Labels | None = None
+        self.labels: torch.Tensor | None = None
         self.ground_truth: Any = None
         self.keywords: dict[str, Any] = {}
         self.description: bytes | None = None
         self.stored_rows = len(ids) if rows is None else len(rows)
         self.ground_truth_rows = 0
 
-    def own_inputs(self) -> None:
+    def own_values(self) -> None:
         """Copy what may still be the caller's memory: it is stored after the forward, which may change it."""
-        if self.labels is not None:
-            self.labels = self.labels._replace(values=_copied(self.labels.values))
         if self.values is not None:
             self.values = [
-                value if isinstance(value.payload, bytes) else value._replace(payload=_copied(value.payload))
+                value if isinstance(value.payload, bytes) else value._replace(payload=value.payload.clone())
                 for value in self.values
             ]
-
-
-def _copied(values: Any) -> Any:
-    return values.clone() if isinstance(values, torch.Tensor) else values.copy()
 
 
 def parse_values(fields: list[Field], keywords: dict[str, Any], call: TracedCall) -> list[FieldValue]:
@@ -119,13 +113,3 @@ def check_keywords(known: frozenset[str], keywords: dict[str, Any]) -> None:
             f"{', '.join(map(repr, sorted(known))) or 'none'}",
             "declare it in additional_fields or additional_label_fields",
         )
-
-
-def select_labels(labels: Labels, rows: list[int] | None) -> Labels:
-    """The labels of the sampled rows."""
-    if rows is None:
-        return labels
-    values = (
-        select_rows(labels.values, rows) if isinstance(labels.values, torch.Tensor) else labels.values[rows]
-    )
-    return Labels(values, labels.dtype, tuple(values.shape))

@@ -67,7 +67,6 @@ class Columns:
         dataset_type: str,
         captures: list[Capture],
         values: list[FieldValue],
-        label: tuple[str, tuple[int, ...]] | None,
         *,
         has_labels: bool,
     ) -> CallDescription:
@@ -75,11 +74,10 @@ class Columns:
 
         Args:
             dataset_type: As given.
-            captures: What the core holds: hooks, logits, label tensor, in this order.
+            captures: What the core holds: hooks, logits, labels, and ids that are integers. Ids that are text
+                follow.
             values: Additional fields (and label fields, if there are labels), whose captures follow behind
-                ids and label.
-            label: dtype and shape of labels that follow as a buffer; None when they are among ``captures`` or
-                absent.
+                the ids.
             has_labels: Whether the call has ground truth.
 
         Raises:
@@ -88,10 +86,10 @@ class Columns:
         signature = (
             tuple([(v.dtype, v.shape, v.broadcast, v.shapes is None) for v in values]) if values else ()
         )
-        key = (dataset_type, tuple(captures), signature, label, has_labels)
+        key = (dataset_type, tuple(captures), signature, has_labels)
         known = self._cache.get(key)
         if known is None:
-            known = self._build(dataset_type, captures, values, label, has_labels=has_labels)
+            known = self._build(dataset_type, captures, values, has_labels=has_labels)
             if len(self._cache) >= _CACHED_DESCRIPTIONS:
                 self._cache.clear()
             self._cache[key] = known
@@ -113,15 +111,16 @@ class Columns:
         dataset_type: str,
         captures: list[Capture],
         values: list[FieldValue],
-        label: tuple[str, tuple[int, ...]] | None,
         *,
         has_labels: bool,
     ) -> CallDescription:
         self._check_runs(captures)
         captured = self.captured(captures)
         following = len(captures)
-        columns: list[dict[str, Any]] = [_column(FEATURE_TABLE, "input_id", "str", following)]
-        following += 1
+        columns: list[dict[str, Any]] = []
+        if all(column != self.input_id for column, _, _ in captures):
+            columns.append(_column(FEATURE_TABLE, "input_id", "str", following))
+            following += 1
         for name, (number, dtype, shape) in captured.items():
             columns.append(_tensor(FEATURE_TABLE, name, number, dtype, shape))
         for number, (column, dtype, shape) in enumerate(captures):
@@ -129,9 +128,8 @@ class Columns:
                 columns.append(_tensor(FEATURE_TABLE, "logits", number, dtype, shape))
             elif column == self.label:
                 columns.append(_tensor(GROUND_TRUTH_TABLE, "label", number, dtype, shape))
-        if label is not None:
-            columns.append(_tensor(GROUND_TRUTH_TABLE, "label", following, *label))
-            following += 1
+            elif column == self.input_id:
+                columns.append({**_tensor(FEATURE_TABLE, "input_id", number, dtype, shape), "type": "str"})
         owners = [(FEATURE_TABLE, field) for field in self._fields]
         if has_labels:
             owners += [(GROUND_TRUTH_TABLE, field) for field in self._label_fields]

@@ -12,23 +12,30 @@ import torch
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
 from ml_debugger.tracer.names import check_column_name
-from ml_debugger.tracer.outputs import dtype_name, plain_tensor, select_rows
+from ml_debugger.tracer.outputs import (
+    dtype_name,
+    plain_tensor,
+    select_rows,
+    stack_tensors,
+    tensor_of_array,
+)
 
 FIELD_TYPES = ("int", "float", "bool", "str", "bytes", "tensor")
 
 _KEYS = ("name", "type", "default", "dtype", "shape")
 _MIN_INT64, _MAX_INT64 = -(1 << 63), (1 << 63) - 1
+_NUMBERS = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
 _NUMPY_KINDS = {"int": "iu", "float": "fiu", "bool": "b", "str": "U", "bytes": ""}
 _SPEC_HINT = 'describe a field as {"name": "camera", "type": "str"}'
 
-Payload = bytes | np.ndarray[Any, Any] | torch.Tensor
+Payload = bytes | torch.Tensor
 
 
 class FieldValue(NamedTuple):
     """Values of one field in one call, in the form in which they are copied.
 
     Attributes:
-        payload: Tensor, C-contiguous array, or packed text or bytes.
+        payload: Tensor, or packed text or bytes.
         dtype: Name of the dtype; None for text and bytes.
         shape: Shape, samples first (1 when broadcast); None for text, bytes and samples that differ in shape.
         broadcast: One value stands for all samples.
@@ -74,6 +81,9 @@ class Field:
     def parse(self, value: Any, batch_size: int, rows: list[int] | None) -> FieldValue:
         """Check what a call brings for this field.
 
+        Numbers in a tensor are cast on their device. This waits for them only where their values matter: a
+        uint64 for an ``int`` field, and a list of tensors that `stack_tensors` leaves alone.
+
         Args:
             value: One value for the batch, or one a sample.
             batch_size: Samples in the call.
@@ -85,64 +95,90 @@ class Field:
         """
         if self.type == "tensor":
             return self._parse_tensor(value, batch_size, rows)
-        values = self._per_sample(value)
-        if values is None:
+        if isinstance(value, (list, tuple)):
+            stacked = stack_tensors(value)
+            value = value if stacked is None or stacked.ndim != 1 else stacked
+        if isinstance(value, torch.Tensor):
+            value = plain_tensor(value, f"field {self.name!r}")
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            kind = self._check_array(value)
+            if kind not in "UO":
+                return self._number_value(self._numbers(value), batch_size, rows)
+            value = value.tolist()
+        if not isinstance(value, (list, tuple)):
             return self._scalar_value(self._scalars([value]), broadcast=True)
-        if len(values) != batch_size:
-            raise InvalidInputError(
-                f"field {self.name!r} has {len(values)} values, expected one for the batch or {batch_size}",
-                "pass one value a sample",
-            )
-        scalars = self._scalars(values)
+        self._check_length(len(value), batch_size)
+        scalars = self._scalars(value)
         return self._scalar_value(
             scalars if rows is None else [scalars[row] for row in rows], broadcast=False
         )
 
     # Scalars
 
-    def _per_sample(self, value: Any) -> Sequence[Any] | None:
-        """The values of the samples, or None if ``value`` is one for the batch."""
-        if isinstance(value, (list, tuple)):
-            return value
-        if isinstance(value, torch.Tensor):
-            kind = "b" if value.dtype == torch.bool else "f" if value.is_floating_point() else "i"
-            if value.is_complex() or value.is_quantized:
-                kind = "c"
-            array_like: Any = value.detach()
-        elif isinstance(value, np.ndarray):
-            kind, array_like = value.dtype.kind, value
+    def _check_array(self, value: torch.Tensor | np.ndarray[Any, Any]) -> str:
+        """Refuse an array of another type, or of more than one number a sample; returns numpy's kind."""
+        if isinstance(value, np.ndarray):
+            kind: str = value.dtype.kind
         else:
-            return None
+            kind = "c" if value.is_complex() else "f" if value.is_floating_point() else "i"
+            kind = "b" if value.dtype == torch.bool else kind
         if kind == "O":
-            return list(array_like)
+            return kind
         if kind not in _NUMPY_KINDS[self.type]:
             raise self._wrong_type(value, f"{type(value).__name__} of {value.dtype}")
-        if array_like.ndim > 1:
+        if value.ndim > 1:
             raise InvalidInputError(
-                f"field {self.name!r} has values of shape {tuple(array_like.shape)}, expected one a sample",
+                f"field {self.name!r} has values of shape {tuple(value.shape)}, expected one a sample",
                 "pass one dimension, or declare the field as a tensor",
             )
-        if array_like.ndim == 0:
-            return None
-        listed: list[Any] = array_like.tolist()
-        return listed
+        return kind
 
-    def _scalars(self, values: Sequence[Any]) -> list[Any]:
-        check = _SCALAR_CHECKS[self.type]
-        checked = []
-        for value in values:
-            if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
-                value = value.item()
-            scalar = check(value)
-            if scalar is None:
-                raise self._wrong_type(value, f"{type(value).__name__} {value!r}"[:200])
-            checked.append(scalar)
-        self._check_range(checked)
-        return checked
+    def _check_length(self, length: int, batch_size: int) -> None:
+        if length != batch_size:
+            raise InvalidInputError(
+                f"field {self.name!r} has {length} values, expected one for the batch or {batch_size}",
+                "pass one value a sample",
+            )
 
-    def _check_range(self, values: list[Any]) -> None:
+    def _numbers(self, value: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
+        """The numbers in the dtype of the field, on their device."""
+        wanted = _NUMBERS[self.type]
+        if isinstance(value, np.ndarray):
+            is_wide = value.dtype.kind == "u" and value.size and int(value.max()) > _MAX_INT64
+            numbers = tensor_of_array(value, dtype_name(wanted))
+        else:
+            is_wide = value.dtype == torch.uint64 and bool((value.view(torch.int64) < 0).any())
+            numbers = value.to(wanted)
+        if is_wide and self.type == "int":
+            raise self._too_wide()
+        return numbers
+
+    def _number_value(self, numbers: torch.Tensor, batch_size: int, rows: list[int] | None) -> FieldValue:
+        broadcast = numbers.ndim == 0
+        if broadcast:
+            numbers = numbers.reshape(1)
+        else:
+            self._check_length(len(numbers), batch_size)
+            numbers = select_rows(numbers, rows)
+        return FieldValue(numbers, dtype_name(numbers.dtype), tuple(numbers.shape), broadcast)
+
+    def _scalars(self, values: Sequence[Any]) -> Sequence[Any]:
+        if not set(map(type, values)) <= _PLAIN_TYPES[self.type]:
+            values = [self._scalar(value) for value in values]
+        self._check_range(values)
+        return values
+
+    def _scalar(self, value: Any) -> Any:
+        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
+            value = value.item()
+        scalar = _SCALAR_CHECKS[self.type](value)
+        if scalar is None:
+            raise self._wrong_type(value, f"{type(value).__name__} {value!r}"[:200])
+        return scalar
+
+    def _check_range(self, values: Sequence[Any]) -> None:
         if self.type == "int" and values and not _MIN_INT64 <= min(values) <= max(values) <= _MAX_INT64:
-            raise InvalidInputError(f"field {self.name!r} holds an int wider than 64 bits", "use a str field")
+            raise self._too_wide()
         if self.type == "str":
             try:
                 "".join(values).encode("utf-8")
@@ -151,17 +187,19 @@ class Field:
                     f"field {self.name!r} holds a lone surrogate", "pass proper text"
                 ) from None
 
-    def _scalar_value(self, scalars: list[Any], *, broadcast: bool) -> FieldValue:
+    def _scalar_value(self, scalars: Sequence[Any], *, broadcast: bool) -> FieldValue:
         if self.type in ("str", "bytes"):
             return FieldValue(msgpack.packb(scalars), None, None, broadcast)
-        name = {"int": "int64", "float": "float64", "bool": "bool"}[self.type]
         try:
-            array = np.array(scalars, dtype=name)
+            array = np.array(scalars, dtype_name(_NUMBERS[self.type]))
         except OverflowError:
             raise InvalidInputError(
                 f"field {self.name!r} holds an int too large for a float", "use a str field"
             ) from None
-        return FieldValue(array, name, array.shape, broadcast)
+        return FieldValue(torch.from_numpy(array), array.dtype.name, array.shape, broadcast)
+
+    def _too_wide(self) -> InvalidInputError:
+        return InvalidInputError(f"field {self.name!r} holds an int wider than 64 bits", "use a str field")
 
     def _wrong_type(self, value: Any, found: str) -> InvalidTypeError:
         return InvalidTypeError(
@@ -218,7 +256,7 @@ class Field:
 
     def _as_tensor(self, value: Any) -> torch.Tensor:
         if isinstance(value, np.ndarray):
-            if value.dtype.kind not in "biufc":
+            if value.dtype.kind not in "biufc" or value.dtype.char in "gG":  # torch has no long double
                 raise self._wrong_type(value, f"an array of {value.dtype}")
             native = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("=")).reshape(value.shape)
             value = torch.from_numpy(native if native.flags.writeable else native.copy())
@@ -255,11 +293,14 @@ def _concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _int(value: Any) -> int | None:
-    return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+    return int(value) if is_int else None
 
 
 def _float(value: Any) -> float | int | None:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if isinstance(value, (bool, np.timedelta64)):
+        return None
+    if not isinstance(value, (int, float, np.integer, np.floating)):
         return None
     return value  # type: ignore[return-value]
 
@@ -275,6 +316,15 @@ def _str(value: Any) -> str | None:
 def _bytes(value: Any) -> bytes | None:
     return bytes(value) if isinstance(value, (bytes, bytearray)) else None
 
+
+# Values of these types need no check and no conversion.
+_PLAIN_TYPES: dict[str, set[type]] = {
+    "int": {int},
+    "float": {float, int},
+    "bool": {bool},
+    "str": {str},
+    "bytes": {bytes},
+}
 
 _SCALAR_CHECKS: dict[str, Callable[[Any], Any]] = {
     "int": _int,

@@ -2,43 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
-from ml_debugger.tracer.outputs import dtype_name, plain_tensor
+from ml_debugger.tracer.outputs import plain_tensor, select_rows, stack_tensors, tensor_of_array
+
+Ids = list[str] | torch.Tensor
 
 _MAX_INT64 = (1 << 63) - 1
 _IDS_HINT = "pass a sequence of str or int, a numpy array or an integer tensor, one id a sample"
 _LABELS_HINT = "pass a tensor, an array or a list, hard (B,) or soft (B, C), or None"
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_ID_DTYPES = frozenset({*_INTEGERS, torch.uint16, torch.uint32, torch.uint64})
+# What the numbers of a list of tensors become: the same as those of a list of numbers.
+_LISTED_DTYPES = {
+    torch.bool: torch.bool,
+    **dict.fromkeys(_INTEGERS, torch.int64),
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), torch.float64),
+}
 
 
-class Labels(NamedTuple):
-    """Ground truth of one call in the form in which it is copied: a tensor, or a C-contiguous numpy array."""
+def parse_ids(input_ids: Any) -> Ids:
+    """Return the ids of a call in the form in which they are copied; it shares no memory with ``input_ids``.
 
-    values: torch.Tensor | np.ndarray[Any, Any]
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def parse_ids(input_ids: Any) -> list[str]:
-    """Return the ids of a call as text.
+    Integers in an array, a tensor, a range or a list stay integers, (B,), in their dtype and on their device,
+    and become decimal text when they are read: their values are not looked at, so nothing waits for a device.
+    Everything else is text.
 
     Args:
-        input_ids: List or tuple of str or int, numpy array of text or integers, or integer tensor on any
-            device (a copy from a device waits for it); one dimension.
+        input_ids: List, tuple or range of str or int, numpy array of text or integers, or integer tensor; one
+            dimension. A list of 0-dim tensors that `stack_tensors` leaves alone waits for them.
 
     Raises:
         InvalidTypeError: Another type, or an id that is neither text nor an integer.
         InvalidInputError: Not one-dimensional, or text that holds a lone surrogate or NUL.
     """
-    ids = input_ids if isinstance(input_ids, (list, tuple)) else _ids_of_array(input_ids)
+    if isinstance(input_ids, (list, tuple, range)):
+        return _listed_ids(input_ids)
+    if isinstance(input_ids, torch.Tensor):
+        return _integer_ids(input_ids)
+    if not isinstance(input_ids, (str, bytes, bytearray, dict, set)) and hasattr(input_ids, "__array__"):
+        return _ids_of_array(np.asarray(input_ids))
+    raise InvalidTypeError(f"input_ids must be a sequence of ids, got {type(input_ids).__name__}", _IDS_HINT)
+
+
+def id_texts(ids: Ids) -> list[str]:
+    """The ids as text; waits for a device on which they are."""
+    return ids if isinstance(ids, list) else list(map(str, ids.tolist()))
+
+
+def select_ids(ids: Ids, rows: list[int] | None) -> Ids:
+    """The ids of the sampled rows."""
+    if rows is None:
+        return ids
+    return [ids[row] for row in rows] if isinstance(ids, list) else select_rows(ids, rows)
+
+
+def _listed_ids(input_ids: Sequence[Any]) -> Ids:
+    ids = input_ids
     try:
         text = "".join(ids)  # the fastest check that all are text
     except TypeError:
+        integers = _listed_integers(ids)
+        if integers is not None:
+            return integers
         ids = [_id_text(value) for value in ids]
         text = "".join(ids)
     if "\0" in text:
@@ -48,39 +79,49 @@ def parse_ids(input_ids: Any) -> list[str]:
     return list(ids)  # the forward may change the caller's
 
 
-def _ids_of_array(input_ids: Any) -> list[Any]:
-    if isinstance(input_ids, torch.Tensor):
-        if input_ids.dtype.is_floating_point or input_ids.dtype.is_complex or input_ids.dtype == torch.bool:
-            raise InvalidTypeError(
-                f"input_ids must be text or integers, got a tensor of {input_ids.dtype}", _IDS_HINT
-            )
-    elif isinstance(input_ids, np.ndarray):
-        if input_ids.dtype.kind not in "iuUO":
-            raise InvalidTypeError(
-                f"input_ids must be text or integers, got an array of {input_ids.dtype}", _IDS_HINT
-            )
-    elif isinstance(input_ids, range):
-        return list(input_ids)
-    elif not isinstance(input_ids, (str, bytes, bytearray, dict, set)) and hasattr(input_ids, "__array__"):
-        return _ids_of_array(np.asarray(input_ids))
-    else:
+def _listed_integers(ids: Sequence[Any]) -> torch.Tensor | None:
+    """The ids as one tensor; None where that takes a look at each of them."""
+    if set(map(type, ids)) <= {int, np.int64}:  # a bool is no int here
+        try:
+            return torch.from_numpy(np.array(ids, np.int64))
+        except OverflowError:
+            return None
+    stacked = stack_tensors(ids)
+    return None if stacked is None or stacked.ndim != 1 else _integer_ids(stacked)
+
+
+def _integer_ids(input_ids: torch.Tensor) -> torch.Tensor:
+    if input_ids.dtype not in _ID_DTYPES:
         raise InvalidTypeError(
-            f"input_ids must be a sequence of ids, got {type(input_ids).__name__}", _IDS_HINT
+            f"input_ids must be text or integers, got a tensor of {input_ids.dtype}", _IDS_HINT
         )
+    tensor = plain_tensor(input_ids, "input_ids")
+    _check_dimension(tensor)
+    return tensor.clone()  # the forward may change the caller's
+
+
+def _ids_of_array(input_ids: np.ndarray[Any, Any]) -> Ids:
+    if input_ids.dtype.kind not in "iuUO":
+        raise InvalidTypeError(
+            f"input_ids must be text or integers, got an array of {input_ids.dtype}", _IDS_HINT
+        )
+    _check_dimension(input_ids)
+    return _listed_ids(input_ids.tolist()) if input_ids.dtype.kind in "UO" else tensor_of_array(input_ids)
+
+
+def _check_dimension(input_ids: Any) -> None:
     if input_ids.ndim != 1:
         raise InvalidInputError(
             f"input_ids must have one dimension, got shape {tuple(input_ids.shape)}", "pass one id a sample"
         )
-    values: list[Any] = input_ids.tolist()
-    return values
 
 
 def _id_text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, (int, np.integer)):
         if isinstance(value, torch.Tensor) and value.ndim == 0:
-            return _id_text(_ids_of_array(value.reshape(1))[0])
+            return id_texts(_integer_ids(value.reshape(1)))[0]
         raise InvalidTypeError(
             f"an input id must be a str or an int, got {type(value).__name__} {value!r}", _IDS_HINT
         )
@@ -151,11 +192,12 @@ def select_epoch(n_epoch: Any) -> int | None:
     return require_epoch(n_epoch)
 
 
-def parse_labels(ground_truth: Any, batch_size: int) -> Labels:
-    """Return the ground truth of a call.
+def parse_labels(ground_truth: Any, batch_size: int) -> torch.Tensor:
+    """Return the ground truth of a call, on its device; it shares no memory with ``ground_truth``.
 
     Args:
         ground_truth: Tensor on any device, numpy array, or (nested) list: ints become int64, floats float64.
+            A list of tensors that `stack_tensors` leaves alone waits for them.
         batch_size: B; the shape must be (B,) or (B, C).
 
     Raises:
@@ -163,12 +205,10 @@ def parse_labels(ground_truth: Any, batch_size: int) -> Labels:
         InvalidInputError: Another shape.
     """
     if isinstance(ground_truth, torch.Tensor):
-        tensor = plain_tensor(ground_truth, "ground_truth")
-        labels = Labels(tensor, dtype_name(tensor.dtype), tuple(tensor.shape))
+        labels = plain_tensor(ground_truth, "ground_truth").clone()  # the forward may change the caller's
     else:
-        array = _label_array(ground_truth)
-        labels = Labels(array, array.dtype.name, array.shape)
-    shape = labels.shape
+        labels = _label_tensor(ground_truth)
+    shape = tuple(labels.shape)
     if len(shape) not in (1, 2) or shape[0] != batch_size:
         raise InvalidInputError(
             f"ground_truth must have shape ({batch_size},) or ({batch_size}, C), as there are {batch_size} "
@@ -178,8 +218,11 @@ def parse_labels(ground_truth: Any, batch_size: int) -> Labels:
     return labels
 
 
-def _label_array(ground_truth: Any) -> np.ndarray[Any, Any]:
+def _label_tensor(ground_truth: Any) -> torch.Tensor:
     if isinstance(ground_truth, (list, tuple)):
+        stacked = stack_tensors(ground_truth)
+        if stacked is not None and stacked.dtype in _LISTED_DTYPES:
+            return plain_tensor(stacked, "ground_truth").to(_LISTED_DTYPES[stacked.dtype])
         if ground_truth and all(isinstance(value, torch.Tensor) for value in ground_truth):
             ground_truth = [value.detach().cpu().tolist() for value in ground_truth]
         array = _list_array(ground_truth)
@@ -195,7 +238,7 @@ def _label_array(ground_truth: Any) -> np.ndarray[Any, Any]:
         or array.dtype.name in ("longdouble", "float128")
     ):
         raise InvalidTypeError(f"ground_truth must hold numbers, got an array of {array.dtype}", _LABELS_HINT)
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return tensor_of_array(array)
 
 
 def _leaves(values: Any) -> Iterator[Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from ml_debugger.errors import InvalidInputError, MlDebuggerError
@@ -15,6 +16,7 @@ from ml_debugger.errors import InvalidInputError, MlDebuggerError
 PathKey = int | str
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WITHOUT_KERNELS = (torch.uint16, torch.uint32, torch.uint64)
 _BATCH_HINT = 'give one id a sample, pick another output with [i] or ["key"], or set TracerConfig.batch_dim'
 
 
@@ -205,15 +207,43 @@ def _refusal(tensor: torch.Tensor) -> str | None:
 
 
 def select_rows(tensor: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
-    """The kept samples of a tensor whose dimension 0 is the batch; ``rows=None`` keeps all."""
+    """The kept samples of a tensor whose dimension 0 is the batch; ``rows=None`` keeps all. Never waits."""
     if rows is None:
         return tensor
-    index = torch.tensor(rows, dtype=torch.int64).to(tensor.device, non_blocking=True)
+    # From pageable memory the driver may wait for the stream ("API synchronization behavior" in NVIDIA's
+    # reference). torch keeps the pinned memory from being used again until the copy is done.
+    index = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=tensor.is_cuda)
+    index = index.to(tensor.device, non_blocking=True)
     bits = _BITS.get(tensor.dtype.itemsize)
     if bits is None:
         return tensor.index_select(0, index)
     # As integers: not every dtype (float8, uint16) has an indexing kernel, and the bits are all that matters.
     return tensor.view(bits).index_select(0, index).view(tensor.dtype)
+
+
+def stack_tensors(values: Sequence[Any]) -> torch.Tensor | None:
+    """Dense tensors of one dtype, shape and device as one, on that device.
+
+    None where ``values`` are anything else, or of a dtype that has no kernel for it everywhere: uint16 to
+    uint64, and floats of 8 bits.
+    """
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        return None
+    first = values[0]
+    if _refusal(first) is not None or first.dtype in _WITHOUT_KERNELS:
+        return None
+    if first.dtype.itemsize == 1 and first.is_floating_point():
+        return None
+    alike = first.dtype, first.shape, first.device
+    if any((value.dtype, value.shape, value.device) != alike for value in values):
+        return None
+    with torch.no_grad():
+        return torch.stack(tuple(values))
+
+
+def tensor_of_array(array: np.ndarray[Any, Any], dtype: str | None = None) -> torch.Tensor:
+    """A copy of a numeric array, in C order; ``dtype`` is numpy's name of the wanted one, None keeps it."""
+    return torch.from_numpy(np.array(array, dtype or array.dtype.newbyteorder("="), order="C"))
 
 
 @cache

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import msgpack
 import torch
 
 from ml_debugger import _core
-from ml_debugger.tracer.call import TracedCall, select_labels
+from ml_debugger.tracer.call import TracedCall
 from ml_debugger.tracer.description import CallDescription, Columns
 from ml_debugger.tracer.fields import FieldValue
-from ml_debugger.tracer.inputs import Labels
+from ml_debugger.tracer.inputs import Ids
 from ml_debugger.tracer.outputs import select_rows
 
 _pack = msgpack.packb
@@ -33,10 +32,10 @@ class RowWriter:
     def save(
         self,
         call: TracedCall,
-        ids: list[str],
+        ids: Ids,
         logits: torch.Tensor | None,
         values: list[FieldValue],
-        labels: Labels | None,
+        labels: torch.Tensor | None,
     ) -> CallDescription:
         """Copy the rest of a call and describe all of it.
 
@@ -53,40 +52,27 @@ class RowWriter:
         recorder, columns = self._recorder, self._columns
         if logits is not None:
             recorder.capture(columns.logits, select_rows(logits, call.rows))
-        later = None
         if labels is not None:
-            labels = select_labels(labels, call.rows)
-            if isinstance(labels.values, torch.Tensor):
-                recorder.capture(columns.label, labels.values)
-            else:
-                later = labels
+            recorder.capture(columns.label, select_rows(labels, call.rows))
+        if isinstance(ids, torch.Tensor):
+            recorder.capture(columns.input_id, ids)
         # The core lists buffers as bytes; only we know what they are, so they follow what it describes.
         description = columns.describe(
-            call.dataset_type,
-            recorder.captures(),
-            values,
-            None if later is None else (later.dtype, later.shape),
-            has_labels=labels is not None,
+            call.dataset_type, recorder.captures(), values, has_labels=labels is not None
         )
-        recorder.capture_buffer(columns.input_id, _pack(ids))
-        if later is not None:
-            recorder.capture_buffer(columns.label, _buffer_of(later.values))
+        if not isinstance(ids, torch.Tensor):
+            recorder.capture_buffer(columns.input_id, _pack(ids))
         for column, value in enumerate(values, columns.first_field):
             self._save_value(column, value)
         return description
 
     def _save_value(self, column: int, value: FieldValue) -> None:
-        if isinstance(value.payload, torch.Tensor):
-            self._recorder.capture(column, value.payload)
+        if isinstance(value.payload, bytes):
+            self._recorder.capture_buffer(column, value.payload)
         else:
-            self._recorder.capture_buffer(column, _buffer_of(value.payload))
+            self._recorder.capture(column, value.payload)
         if value.shapes is not None:
-            self._recorder.capture_buffer(column, _buffer_of(value.shapes))
-
-
-def _buffer_of(values: Any) -> bytes | memoryview:
-    """What the core copies: packed bytes, or the memory of a C-contiguous array."""
-    return values if isinstance(values, bytes) else values.data
+            self._recorder.capture_buffer(column, value.shapes.data)
 
 
 def tensor_from_bytes(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

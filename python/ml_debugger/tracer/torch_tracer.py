@@ -29,13 +29,15 @@ from ml_debugger.tracer.fingerprint import fingerprint
 from ml_debugger.tracer.head import Head, HeadSearch
 from ml_debugger.tracer.hooks import HookSet, warn_about_fused_layers
 from ml_debugger.tracer.inputs import (
-    Labels,
+    Ids,
     check_dataset_type,
     check_epoch,
     check_flag,
     check_seconds,
+    id_texts,
     parse_ids,
     parse_labels,
+    select_ids,
 )
 from ml_debugger.tracer.layers import Layer, resolve_layers
 from ml_debugger.tracer.names import check_column_name, check_column_names
@@ -189,13 +191,15 @@ class TorchTracer:
     ) -> Any:
         """Run the forward, record what it computed, and return the model's output, the same object.
 
-        Blocks only as ``TracerConfig.overflow`` says; copies synchronously, writes in the background.
+        Blocks only as ``TracerConfig.overflow`` says; writes in the background. Waits for a device only where
+        values are needed on the host: ``sample_fraction`` with ids in a tensor, a uint64 tensor for an
+        ``int`` field, lists of tensors that differ in dtype or device.
 
         Args:
             model_input: A tensor goes as the one argument, a tuple or list as positional arguments, a mapping
                 as keywords.
             ground_truth: Labels (B,) or (B, C): tensor, array or list; None for none.
-            input_ids: One id a sample: sequence of str or int, array, or integer tensor. Stored as text.
+            input_ids: One id a sample: sequence of str or int, array, or integer tensor. Read as text.
             dataset_type: Text such as ``"train"``.
             n_epoch: int >= 0, or None.
             **kwargs: Values of the additional fields: one for the batch, or one a sample.
@@ -249,7 +253,7 @@ class TorchTracer:
             )
         self._state.captured = None
         ids = parse_ids(input_ids)
-        rows = None if self._sample_filter is None else self._sample_filter.rows(ids)
+        rows = None if self._sample_filter is None else self._sample_filter.rows(id_texts(ids))
         call = TracedCall(input_ids, ids, rows, check_dataset_type(dataset_type), check_epoch(n_epoch))
         call.ground_truth = ground_truth
         call.keywords = keywords
@@ -259,7 +263,7 @@ class TorchTracer:
                 call.values = self._parse_values(keywords, ground_truth is not None, call)
             if ground_truth is not None:
                 call.labels = self._parse_labels(ground_truth, call.batch_size)
-            call.own_inputs()
+            call.own_values()
         return call
 
     def _record_first(self, call: TracedCall, model_input: Any) -> Any:
@@ -376,7 +380,7 @@ class TorchTracer:
         call.description, self._state.captured = self._rows.save(call, ids, logits, values, labels)
         call.ground_truth_rows = 0 if labels is None else call.stored_rows
 
-    def _take_call_keywords(self, call: TracedCall, keywords: dict[str, Any]) -> list[str]:
+    def _take_call_keywords(self, call: TracedCall, keywords: dict[str, Any]) -> Ids:
         """Take ids, dataset type and epoch out of ``keywords``; a subclass may have changed them."""
         input_ids = keywords.pop("input_ids", call.input_ids)
         ids = call.ids if input_ids is call.input_ids else parse_ids(input_ids)
@@ -391,14 +395,14 @@ class TorchTracer:
             raise InvalidInputError(
                 f"n_epoch became {epoch}, the call began with {call.epoch}", "pass it with the call"
             )
-        return ids if call.rows is None else [ids[row] for row in call.rows]
+        return select_ids(ids, call.rows)
 
     def _parse_values(self, keywords: dict[str, Any], has_labels: bool, call: TracedCall) -> list[FieldValue]:
         values = parse_values(self._fields, keywords, call)
         return values + parse_values(self._label_fields, keywords, call) if has_labels else values
 
-    def _parse_labels(self, ground_truth: Any, batch_size: int) -> Labels:
-        """Check and convert the ground truth of a call."""
+    def _parse_labels(self, ground_truth: Any, batch_size: int) -> torch.Tensor:
+        """Check and convert the ground truth of a call; the result shares no memory with it."""
         return parse_labels(ground_truth, batch_size)
 
     def _parse_output(self, model_output: Any, batch_size: int) -> torch.Tensor | None:

@@ -76,7 +76,7 @@ def captures(core, inline, segments) -> dict:
 def values(column, bytes_of, rows) -> list:
     data = bytes_of[column["capture"]]
     count = 1 if column.get("broadcast") else rows
-    if column["type"] in ("str", "bytes"):
+    if "dtype" not in column:
         cells = msgpack.unpackb(data)
     elif column["shape"] is None:
         shapes = struct.unpack(f"<{len(bytes_of[column['shapes']]) // 8}q", bytes_of[column["shapes"]])
@@ -93,6 +93,9 @@ def values(column, bytes_of, rows) -> list:
     else:
         width = len(data) // count
         cells = [data[i * width : (i + 1) * width] for i in range(count)]
+        if column["type"] == "str":
+            signed = column["dtype"].startswith("int")
+            cells = [str(int.from_bytes(cell, "little", signed=signed)) for cell in cells]
     return cells * rows if column.get("broadcast") else cells
 
 

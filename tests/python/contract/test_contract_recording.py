@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict, namedtuple
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from contract_models import Net, Speaker, batch, by_id, nothing_visible, rows_of, same_array
 from torch import nn
 
-from ml_debugger import open_trace
+from ml_debugger import load_export, open_trace
 
 
 def features(**kwargs: Any) -> dict[str, Any]:
@@ -150,6 +151,29 @@ def test_input_ids_are_stored_as_text(form: str, make_tracer: Any) -> None:
         data = open_trace("net", "v1").tensors(table)
         order = np.argsort(np.asarray(data["row_id"]))
         assert [data["input_id"][int(i)] for i in order] == expected
+
+
+def test_an_id_is_the_same_id_in_whatever_form_it_comes(make_tracer: Any, tmp_path: Path) -> None:
+    tracer = make_tracer()
+    forms = [[7, 8], ["7", "8"], torch.tensor([7, 8], dtype=torch.uint8), np.array([7, 8]), range(7, 9)]
+    for form in forms:
+        x, y, _ = batch(2)
+        tracer(x, y, form, "train", 0)
+    exported = load_export(tracer.export(tmp_path / "out.zip", n_epoch=0))
+    everything = load_export(tracer.export(tmp_path / "all.zip", dedupe=False))
+    trace = open_trace("net", "v1")
+    for table in ("extracted_feature", "ground_truth"):
+        assert trace.num_rows(table) == everything.num_rows(table) == 2 * len(forms)
+        assert trace.num_rows(table, dedupe=True) == exported.num_rows(table) == 2
+        for source in (trace, everything):
+            assert source.tensors(table)["input_id"] == ["7", "8"] * len(forms)
+            arrays = source.arrays(table)
+            assert arrays["input_id"].dtype.kind == "U"
+            ids = [text for rows in source.iter_batches(table, batch_size=3) for text in rows["input_id"]]
+            assert ids == arrays["input_id"].tolist() == ["7", "8"] * len(forms)
+        newest = trace.tensors(table, dedupe=True)
+        assert newest["row_id"].tolist() == exported.tensors(table)["row_id"].tolist()
+        assert newest["row_id"].tolist() == sorted(trace.tensors(table)["row_id"].tolist())[-2:]
 
 
 def test_the_columns_of_the_two_tables(make_tracer: Any) -> None:
