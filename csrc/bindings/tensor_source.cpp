@@ -39,7 +39,6 @@ constexpr std::array kDtypes = {
     DtypeName{12, 8, 1, "float8_e5m2"},
     DtypeName{13, 8, 1, "float8_e5m2fnuz"},
     DtypeName{14, 8, 1, "float8_e8m0fnu"},
-    DtypeName{17, 4, 2, "float4_e2m1fn_x2"},
 };
 
 const char* dtype_name(const dlpack::DataType& dtype) noexcept {
@@ -66,6 +65,9 @@ struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* is_neg = nullptr;  // interned names of methods
   PyObject* is_conj = nullptr;
+  PyObject* dtype = nullptr;  // interned name of an attribute
+  PyObject* int8 = nullptr;
+  PyObject* uint8 = nullptr;
 };
 
 bool g_use_exchange_api = true;
@@ -91,6 +93,9 @@ const Torch& torch() {
     result.api = find_exchange_api(tensor);
     result.is_neg = PyUnicode_InternFromString("is_neg");
     result.is_conj = PyUnicode_InternFromString("is_conj");
+    result.dtype = PyUnicode_InternFromString("dtype");
+    result.int8 = py::object(module.attr("int8")).release().ptr();
+    result.uint8 = py::object(module.attr("uint8")).release().ptr();
     return result;
   }();
   return found;
@@ -126,6 +131,17 @@ std::uint64_t bytes_of(const dlpack::Tensor& tensor) noexcept {
   return elements * tensor.dtype.bits * tensor.dtype.lanes / 8;
 }
 
+// False for what the record format has no name for. DLPack gives torch's integers of less than a
+// byte (int4, uint1, ...) out as bytes, so 8-bit integers are asked for their true dtype.
+bool has_storable_dtype(PyObject* tensor, const dlpack::DataType& dtype) noexcept {
+  if (dtype_name(dtype) == nullptr) return false;
+  if (dtype.code > 1 || dtype.bits != 8) return true;
+  PyObject* exact = PyObject_GetAttr(tensor, torch().dtype);
+  if (exact == nullptr) PyErr_Clear();
+  Py_XDECREF(exact);  // torch's dtypes are immortal; only the address is compared
+  return exact == torch().int8 || exact == torch().uint8;
+}
+
 bool borrow_raw(py::handle object, dlpack::Tensor* out) noexcept {
   if (exchange_api()->borrow(object.ptr(), out) == 0) return true;
   PyErr_Clear();  // sparse, quantized, meta, nested, inside vmap: told by our own error
@@ -141,7 +157,8 @@ bool is_exact_tensor(PyObject* object) noexcept {
 std::int64_t first_dimension(PyObject* tensor) noexcept {
   if (exchange_api() == nullptr) return -1;
   dlpack::Tensor raw{};
-  if (!borrow_raw(tensor, &raw) || raw.ndim == 0) return -1;
+  if (!borrow_raw(tensor, &raw) || raw.ndim == 0 || !has_storable_dtype(tensor, raw.dtype))
+    return -1;
   return raw.shape[0];
 }
 
