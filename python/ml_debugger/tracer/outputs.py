@@ -131,16 +131,23 @@ class OutputPicker:
 
     def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         rows = self._state.batch_size
+        counts_writes = type(tensor) in _PLAIN_TYPES and not tensor.is_inference()
+        version = tensor._version if counts_writes else 0
         try:
             reduced = reduce_tensor(tensor, self._reduction)
         except MlDebuggerError:
             raise
-        except RuntimeError as error:
+        except Exception as error:
             raise InvalidInputError(
                 f"reduce[{self._alias!r}] failed on a {dtype_name(tensor.dtype)} tensor of shape "
                 f"{_shape_of(tensor)}: {error}",
-                "reduce that layer with a callable of your own",
+                "reduce that layer with a callable that fits it",
             ) from error
+        if counts_writes and tensor._version != version:
+            raise InvalidInputError(
+                f"reduce[{self._alias!r}] changed its argument in place, and so the model's own tensor",
+                "let the callable return a new tensor",
+            )
         if isinstance(reduced, torch.Tensor):
             reduced = plain_tensor(reduced, f"the result of reduce[{self._alias!r}]")
         if not isinstance(reduced, torch.Tensor) or reduced.ndim == 0 or reduced.shape[0] != rows:
