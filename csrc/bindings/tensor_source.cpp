@@ -157,8 +157,10 @@ bool is_exact_tensor(PyObject* object) noexcept {
 std::int64_t first_dimension(PyObject* tensor) noexcept {
   if (exchange_api() == nullptr) return -1;
   dlpack::Tensor raw{};
-  if (!borrow_raw(tensor, &raw) || raw.ndim == 0 || !has_storable_dtype(tensor, raw.dtype))
-    return -1;
+  if (!borrow_raw(tensor, &raw) || raw.ndim == 0) return -1;
+  // FakeTensor and what functionalize() makes answer with no memory.
+  const bool has_memory = raw.data != nullptr || bytes_of(raw) == 0;
+  if (!has_memory || !has_storable_dtype(tensor, raw.dtype)) return -1;
   return raw.shape[0];
 }
 
