@@ -68,6 +68,7 @@ struct Torch {
   PyObject* dtype = nullptr;  // interned name of an attribute
   PyObject* int8 = nullptr;
   PyObject* uint8 = nullptr;
+  PyObject* count_modes = nullptr;  // function: how many TorchDispatchModes are active
 };
 
 bool g_use_exchange_api = true;
@@ -96,6 +97,8 @@ const Torch& torch() {
     result.dtype = PyUnicode_InternFromString("dtype");
     result.int8 = py::object(module.attr("int8")).release().ptr();
     result.uint8 = py::object(module.attr("uint8")).release().ptr();
+    result.count_modes =
+        py::object(module.attr("_C").attr("_len_torch_dispatch_stack")).release().ptr();
     return result;
   }();
   return found;
@@ -142,6 +145,16 @@ bool has_storable_dtype(PyObject* tensor, const dlpack::DataType& dtype) noexcep
   return exact == torch().int8 || exact == torch().uint8;
 }
 
+// Whether operators that we run would be seen by the user's modes, selective activation
+// checkpointing for one, which counts them.
+bool is_watched() noexcept {
+  PyObject* count = PyObject_CallNoArgs(torch().count_modes);
+  if (count == nullptr) PyErr_Clear();
+  const bool watched = count == nullptr || PyLong_AsLong(count) != 0;
+  Py_XDECREF(count);
+  return watched;
+}
+
 bool borrow_raw(py::handle object, dlpack::Tensor* out) noexcept {
   if (exchange_api()->borrow(object.ptr(), out) == 0) return true;
   PyErr_Clear();  // sparse, quantized, meta, nested, inside vmap: told by our own error
@@ -161,6 +174,8 @@ std::int64_t first_dimension(PyObject* tensor) noexcept {
   // FakeTensor and what functionalize() makes answer with no memory.
   const bool has_memory = raw.data != nullptr || bytes_of(raw) == 0;
   if (!has_memory || !has_storable_dtype(tensor, raw.dtype)) return -1;
+  const bool is_dense = is_contiguous(raw) && !is_complex(raw.dtype);
+  if (!is_dense && is_watched()) return -1;  // to make it dense takes operators
   return raw.shape[0];
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import checkpoint
 
 from ml_debugger import TracerConfig, open_trace
 from ml_debugger.errors import InvalidInputError
@@ -348,3 +350,67 @@ def test_a_grad_scaler_trains_to_the_same_bits_with_and_without_a_tracer(data_di
         return [*(parameter.detach() for parameter in model.parameters()), torch.tensor(scaler.get_scale())]
 
     assert all(map(torch.equal, train(True), train(False)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sample_fraction": 0.5}, {"reduce": {"tap": "max"}}], ids=["all", "sampled", "reduced"]
+)
+def test_a_default_device_is_the_users_business(options: dict[str, Any], trace: Any) -> None:
+    values = torch.randn(BATCH, 2, 3)
+    tracer = trace(lambda x: values, **options)
+    x = torch.randn(BATCH, 4)
+    with torch.device("meta"):  # as torch.set_default_device() does: new tensors lie there
+        tracer(x, [0, 1, 2, 0], IDS)
+        features = tracer.get_hooked_features("tap")
+        stored_features = stored(tracer)
+    kept = [int(text) for text in stored(tracer, "input_id")]
+    expected = (values.amax(2) if "reduce" in options else values)[kept]
+    assert torch.equal(features, expected)
+    assert torch.equal(stored_features, expected)
+
+
+class Selective(nn.Module):
+    """A block under selective activation checkpointing, whose cache counts the calls of each operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.turned = Layer(lambda x: x.T)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        contexts = functools.partial(checkpoint.create_selective_checkpoint_contexts, self.policy)
+        return self.head(checkpoint.checkpoint(self.block, x, use_reentrant=False, context_fn=contexts))
+
+    def block(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.turned(self.first(x)).sin()
+        x = x.clone() * x.index_select(0, torch.tensor([3, 2, 1, 0])).amax(1, keepdim=True)
+        return x.sin()
+
+    def policy(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        aten = torch.ops.aten
+        saved = (aten.index_select.default, aten.amax.default, aten.clone.default)
+        choice = checkpoint.CheckpointPolicy
+        return choice.MUST_SAVE if operator in saved else choice.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sample_fraction": 0.5}, {"reduce": {"tap": lambda t: t.amax(1)}}],
+    ids=["sampled", "reduced"],
+)
+def test_our_operators_are_hidden_from_the_modes_of_others(options: dict[str, Any], data_dir: Path) -> None:
+    x = torch.randn(BATCH, 4)
+
+    def gradients(traced: bool) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        model = Selective()
+        if traced:
+            config = TracerConfig(**options)
+            with ClassificationTracer(model, "net", "v1", {"tap": "turned"}, config=config) as tracer:
+                tracer(x, None, IDS).sum().backward()
+        else:
+            model(x).sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(map(torch.equal, gradients(True), gradients(False)))

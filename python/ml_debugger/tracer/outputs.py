@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ml_debugger.errors import InvalidInputError, MlDebuggerError
 
@@ -84,7 +86,7 @@ class OutputPicker:
             InvalidInputError: Nothing in ``output`` has the batch size, or the tensor cannot be copied as
                 bytes.
         """
-        with torch.no_grad():
+        with torch.no_grad(), without_modes():
             with torch._C.DisableTorchFunctionSubclass():
                 tensor = self._find(output)
                 refusal = _refusal(tensor) if callable(self._reduction) else None
@@ -157,6 +159,14 @@ class OutputPicker:
                 "keep dimension 0 in the callable",
             )
         return reduced
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Hides what runs inside from ``TorchDispatchMode`` s of the user's run.
+
+    Selective activation checkpointing counts the calls of each operator; ours would shift its cache.
+    """
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 def reduce_tensor(tensor: torch.Tensor, reduction: str | Callable[[Any], Any] | None) -> Any:
@@ -306,10 +316,13 @@ def _refusal(tensor: torch.Tensor) -> Refusal | None:
 
 
 def select_rows(tensor: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
-    """The kept samples of a tensor whose dimension 0 is the batch; ``rows=None`` keeps all."""
+    """The kept samples of a tensor whose dimension 0 is the batch; ``rows=None`` keeps all. Never waits."""
     if rows is None:
         return tensor
-    index = torch.tensor(rows, dtype=torch.int64).to(tensor.device, non_blocking=True)
+    # From pageable memory the driver may wait for the stream ("API synchronization behavior" in NVIDIA's
+    # reference). torch keeps the pinned memory from being used again until the copy is done.
+    index = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=tensor.is_cuda)
+    index = index.to(tensor.device, non_blocking=True)
     bits = _BITS.get(tensor.dtype.itemsize)
     if bits is None:
         return tensor.index_select(0, index)
