@@ -377,6 +377,7 @@ class Selective(nn.Module):
         self.first = nn.Linear(4, 4)
         self.turned = Layer(lambda x: x.T)
         self.head = nn.Linear(4, 3)
+        self.inner_head = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         contexts = functools.partial(checkpoint.create_selective_checkpoint_contexts, self.policy)
@@ -385,7 +386,7 @@ class Selective(nn.Module):
     def block(self, x: torch.Tensor) -> torch.Tensor:
         x = self.turned(self.first(x)).sin()
         x = x.clone() * x.index_select(0, torch.tensor([3, 2, 1, 0])).amax(1, keepdim=True)
-        return x.sin()
+        return self.inner_head(x.sin()).clone()
 
     def policy(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
         aten = torch.ops.aten
@@ -396,18 +397,19 @@ class Selective(nn.Module):
 
 @pytest.mark.parametrize(
     "options",
-    [{"sample_fraction": 0.5}, {"reduce": {"tap": lambda t: t.amax(1)}}],
-    ids=["sampled", "reduced"],
+    [{}, {"sample_fraction": 0.5}, {"reduce": {"tap": lambda t: t.amax(1)}}, None],
+    ids=["view", "sampled", "reduced", "head"],
 )
-def test_our_operators_are_hidden_from_the_modes_of_others(options: dict[str, Any], data_dir: Path) -> None:
+def test_our_operators_are_hidden_from_the_modes_of_others(options: Any, data_dir: Path) -> None:
     x = torch.randn(BATCH, 4)
 
     def gradients(traced: bool) -> list[torch.Tensor]:
         torch.manual_seed(5)
         model = Selective()
         if traced:
-            config = TracerConfig(**options)
-            with ClassificationTracer(model, "net", "v1", {"tap": "turned"}, config=config) as tracer:
+            layers = None if options is None else {"tap": "turned"}
+            config = TracerConfig(**(options or {}))
+            with ClassificationTracer(model, "net", "v1", layers, config=config) as tracer:
                 tracer(x, None, IDS).sum().backward()
         else:
             model(x).sum().backward()

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ml_debugger.errors import LayerNotFoundError
 from ml_debugger.tracer.flat_parameters import FLAT_PARAMETER, original_parameters
 from ml_debugger.tracer.layers import strip_wrappers
-from ml_debugger.tracer.outputs import CallState, has_batch_size, iterate_tensors
+from ml_debugger.tracer.outputs import CallState, has_batch_size, iterate_tensors, without_modes
 
 _HINT = 'name the layer to record: target_layers={"features": "<module path>"}'
 # Inputs are copied, outputs kept alive: only of the last runs, so that the first step needs little more
@@ -135,7 +135,8 @@ class HeadSearch:
             given = self._first_input(kwargs)
             run.by_keyword = given is not None
         if given is not None:
-            run.input = given.detach().clone()
+            with without_modes():
+                run.input = given.detach().clone()
         self._runs.append(run)
         for old in self._runs[:-_WINDOW]:
             old.input = old.output = None
