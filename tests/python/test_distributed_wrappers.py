@@ -17,6 +17,9 @@ from ml_debugger.tracer.fingerprint import fingerprint
 from ml_debugger.training import ClassificationTracer
 from ranks import run_ranks
 
+if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
+
 WORLD_SIZE = 2
 BATCH, STEPS = 3, 2
 WRAPPERS = ("ddp", "replicate", "fsdp2", "fsdp2_bf16", "fsdp1", "fsdp1_orig", "tensor_parallel")

@@ -139,7 +139,7 @@ VIEWS = {
     "of no elements": lambda x: torch.zeros(BATCH, 0, 3),
     "scalar a sample": lambda x: torch.randn(BATCH),
     "parameter": lambda x: nn.Parameter(torch.randn(BATCH, 2)),
-    "buffer": lambda x: nn.Buffer(torch.randn(BATCH, 2)),
+    "buffer": lambda x: getattr(nn, "Buffer", nn.Parameter)(torch.randn(BATCH, 2)),
     "subclass": lambda x: torch.randn(BATCH, 2).as_subclass(Tagged),
     "jealous subclass": lambda x: torch.randn(BATCH, 2).as_subclass(Jealous),
     "in inference mode": torch.inference_mode()(lambda x: torch.randn(BATCH, 2)),

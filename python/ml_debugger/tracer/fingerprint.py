@@ -72,7 +72,8 @@ def class_name(module: torch.nn.Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return str(module.original_name)
     cls = type(module)
-    if len(cls.__bases__) == 2 and cls.__bases__[0].__module__.startswith("torch.distributed."):
-        cls = cls.__bases__[1]
+    mixed_in, *rest = cls.__bases__
+    if len(rest) == 1 and mixed_in.__module__.startswith("torch.distributed."):
+        cls = rest[0]
     lazy_target = getattr(cls, "cls_to_become", None)
     return str((lazy_target or cls).__name__)

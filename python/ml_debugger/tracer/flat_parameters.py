@@ -23,6 +23,8 @@ def original_parameters(model: torch.nn.Module) -> dict[int, dict[str, OriginalP
     """
     found: dict[int, dict[str, OriginalParameter]] = {}
     for wrapper in model.modules():
+        if not any(cls.__name__ == "FullyShardedDataParallel" for cls in type(wrapper).__mro__):
+            continue
         flat: Any = getattr(getattr(wrapper, "_handle", None), "flat_param", None)
         if not hasattr(flat, "_param_infos"):
             continue
