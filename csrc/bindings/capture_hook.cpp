@@ -147,6 +147,17 @@ PyMethodDef kMethods[] = {
     {"__reduce__", hook_reduce, METH_NOARGS, "Pickles as a callable that does nothing."},
     {nullptr, nullptr, 0, nullptr}};
 
+// torch.jit.script asks each hook for its name, to compile its source.
+PyObject* hook_name(PyObject*, void*) {
+  PyErr_SetString(PyExc_AttributeError,
+                  "a hook of ml_debugger has no __name__ and no source that torch.jit.script could "
+                  "compile: script the model before it is traced, or after the tracer's close()");
+  return nullptr;
+}
+
+PyGetSetDef kAttributes[] = {{"__name__", hook_name, nullptr, nullptr, nullptr},
+                             {nullptr, nullptr, nullptr, nullptr, nullptr}};
+
 PyMemberDef kMembers[] = {
     {"__vectorcalloffset__", T_PYSSIZET, static_cast<Py_ssize_t>(offsetof(CaptureHook, vectorcall)),
      READONLY, nullptr},
@@ -166,6 +177,7 @@ PyType_Slot kSlots[] = {{Py_tp_new, slot(hook_new)},
                         {Py_tp_dealloc, slot(hook_dealloc)},
                         {Py_tp_methods, kMethods},
                         {Py_tp_members, kMembers},
+                        {Py_tp_getset, kAttributes},
                         {Py_tp_doc, const_cast<char*>("Private; see ml_debugger.tracer.hooks.")},
                         {0, nullptr}};
 

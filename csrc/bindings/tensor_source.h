@@ -45,7 +45,7 @@ class TensorSource final : public ByteSource {
   std::vector<std::int64_t> dims_;  // only without the exchange API
 };
 
-// Size of the first dimension; -1 for a scalar or for what cannot be borrowed.
+// Size of the first dimension; -1 for a scalar and for what cannot be stored as it stands.
 [[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
 
 // Imports torch and looks up what we need of it. At import, since two hooks that met in it first

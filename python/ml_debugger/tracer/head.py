@@ -19,8 +19,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ml_debugger.errors import LayerNotFoundError
+from ml_debugger.tracer.flat_parameters import FLAT_PARAMETER, original_parameters
 from ml_debugger.tracer.layers import strip_wrappers
-from ml_debugger.tracer.outputs import CallState, has_batch_size, iterate_tensors
+from ml_debugger.tracer.outputs import CallState, has_batch_size, iterate_tensors, without_modes
 
 _HINT = 'name the layer to record: target_layers={"features": "<module path>"}'
 # Inputs are copied, outputs kept alive: only of the last runs, so that the first step needs little more
@@ -134,7 +135,8 @@ class HeadSearch:
             given = self._first_input(kwargs)
             run.by_keyword = given is not None
         if given is not None:
-            run.input = given.detach().clone()
+            with without_modes():
+                run.input = given.detach().clone()
         self._runs.append(run)
         for old in self._runs[:-_WINDOW]:
             old.input = old.output = None
@@ -182,13 +184,17 @@ def _modules_with_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn
     """Modules with parameters of their own, except where hooks would change numerics or are not possible."""
     found: list[tuple[str, torch.nn.Module]] = []
     fused: set[int] = set()
+    originals = original_parameters(model)
     for path, module in model.named_modules():
         if isinstance(module, (torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention)):
             # A hook inside would switch off the fused path; their inner modules make no logits.
             fused.update(id(inner) for inner in module.modules())
         if id(module) in fused or isinstance(module, torch.jit.ScriptModule):
             continue
-        if any(parameter is not None for parameter in module._parameters.values()):
+        has_own = any(
+            parameter is not None and key != FLAT_PARAMETER for key, parameter in module._parameters.items()
+        )
+        if has_own or id(module) in originals:
             found.append((strip_wrappers(path), module))
     return found
 

@@ -134,7 +134,11 @@ class TorchTracer:
         self._aliases = aliases
         self._names = frozenset(names)
         self._columns = Columns(
-            aliases, self._fields, self._label_fields, keep_all_runs=self._config.repeat == "all"
+            aliases,
+            self._fields,
+            self._label_fields,
+            keep_all_runs=self._config.repeat == "all",
+            obstacles={layer.alias: layer.obstacle for layer in self._layers},
         )
         self._modules = {layer.alias: layer.module for layer in self._layers}
 
