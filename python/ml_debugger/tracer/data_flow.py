@@ -13,15 +13,16 @@ inference mode.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from ml_debugger.tracer.outputs import iterate_tensors
 
@@ -127,7 +128,10 @@ _Makers = frozenset[Run]
 _Origin = _Makers | _Fixed
 
 
-class DataFlow(TorchFunctionMode):  # type: ignore[no-untyped-call]
+_weak_reference: Callable[[torch.UntypedStorage], StorageWeakRef] = StorageWeakRef  # untyped in torch
+
+
+class DataFlow(TorchFunctionMode):
     """Knows of every tensor what made it, while active; by storage, so that views share it.
 
     Args:
@@ -143,16 +147,20 @@ class DataFlow(TorchFunctionMode):  # type: ignore[no-untyped-call]
         # The weak reference keeps a storage's address from being used again.
         self._origins: dict[int, tuple[StorageWeakRef, _Origin]] = {}
         self._registered: set[int] = set()
-        self.register(model.parameters(), _Fixed.PARAMETER)
-        self.register(model.buffers(), _Fixed.CONSTANT)
+        self._register(model.parameters(), _Fixed.PARAMETER)
+        self._register(model.buffers(), _Fixed.CONSTANT)
 
-    def register(self, tensors: Iterable[torch.Tensor], kind: _Fixed = _Fixed.PARAMETER) -> None:
-        """Note tensors that belong to the model, if nothing is known of them; what is written stays fixed."""
-        for tensor in tensors:
-            for storage in _storages(tensor):
-                if storage._cdata not in self._origins:
-                    self._set(storage, kind)
-                    self._registered.add(storage._cdata)
+    def register(self, module: torch.nn.Module) -> None:
+        """Note what a module computes with now, just before it runs.
+
+        Sharding and lazy modules put other parameters in the place of those that were there, sharding and
+        replicating also plain tensors.
+        """
+        self._register(
+            [value for value in module._parameters.values() if value is not None], _Fixed.PARAMETER
+        )
+        plain = [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+        self._register([value for value in plain if not self._is_known(value)], _Fixed.PARAMETER)
 
     def mark_input(self, given: Any) -> None:
         """Note tensors as the data that all begins with."""
@@ -179,8 +187,9 @@ class DataFlow(TorchFunctionMode):  # type: ignore[no-untyped-call]
     @contextlib.contextmanager
     def looking_away(self) -> Iterator[None]:
         """Do not look on inside; code that asks whether somebody does goes its usual way."""
-        current = torch.overrides._get_current_function_mode()
-        with _pop_mode_temporarily() if current is self else contextlib.nullcontext():
+        # Untyped in torch.
+        current_mode: Callable[[], Any] = _get_current_function_mode
+        with _pop_mode_temporarily() if current_mode() is self else contextlib.nullcontext():
             yield
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,7 +201,9 @@ class DataFlow(TorchFunctionMode):  # type: ignore[no-untyped-call]
         name = getattr(func, "__name__", "")
         outputs = list(iterate_tensors(args[0] if name == "__setitem__" else output))
         if outputs:
-            origin = self._of_call(name, inputs, outputs)
+            # Quantized weights come packed.
+            packed = any(isinstance(value, torch.ScriptObject) for value in args)
+            origin = self._of_call(name, inputs, outputs, packed)
             writes = name in ("__setitem__", "__set__") or _is_in_place(name) or "out" in kwargs
             for tensor in outputs:
                 for storage in _storages(tensor):
@@ -202,12 +213,16 @@ class DataFlow(TorchFunctionMode):  # type: ignore[no-untyped-call]
         return output
 
     def _of_call(
-        self, name: str, inputs: list[tuple[torch.Tensor, _Origin]], outputs: list[torch.Tensor]
+        self,
+        name: str,
+        inputs: list[tuple[torch.Tensor, _Origin]],
+        outputs: list[torch.Tensor],
+        packed: bool,
     ) -> _Origin:
         if name in _UNSEEN:
-            return frozenset([UNKNOWN]) if outputs[0].numel() > 1 else _Fixed.CONSTANT
+            return frozenset([UNKNOWN]) if _numel(outputs[0]) > 1 else _Fixed.CONSTANT
         data = [(tensor, origin) for tensor, origin in inputs if not isinstance(origin, _Fixed)]
-        has_parameters = any(origin is _Fixed.PARAMETER for _, origin in inputs)
+        has_parameters = packed or any(origin is _Fixed.PARAMETER for _, origin in inputs)
         if not data:
             return _Fixed.PARAMETER if has_parameters else _Fixed.CONSTANT
         makers: _Makers = frozenset().union(*(origin for _, origin in data))
@@ -221,6 +236,16 @@ class DataFlow(TorchFunctionMode):  # type: ignore[no-untyped-call]
             return frozenset([run])
         # A model that does nothing but rescale has no other head than that.
         return makers if any(maker.makes for maker in makers) else frozenset([run])
+
+    def _register(self, tensors: Iterable[torch.Tensor], kind: _Fixed) -> None:
+        for tensor in tensors:
+            for storage in _storages(tensor):
+                if storage._cdata not in self._registered:
+                    self._set(storage, kind)
+                    self._registered.add(storage._cdata)
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        return any(storage._cdata in self._origins for storage in _storages(tensor))
 
     def _made_by(self, run: Run) -> None:
         run.makes, run.before = True, run.last_inside
@@ -237,7 +262,7 @@ class DataFlow(TorchFunctionMode):  # type: ignore[no-untyped-call]
             return frozenset().union(*makers)
         if origins:
             return _Fixed.PARAMETER if _Fixed.PARAMETER in origins else _Fixed.CONSTANT
-        return frozenset([UNKNOWN]) if tensor.is_nested or tensor.numel() > 1 else _Fixed.CONSTANT
+        return frozenset([UNKNOWN]) if _numel(tensor) > 1 else _Fixed.CONSTANT
 
     def _assign(self, value: Any, origin: _Origin) -> None:
         for tensor in iterate_tensors(value):
@@ -247,7 +272,8 @@ class DataFlow(TorchFunctionMode):  # type: ignore[no-untyped-call]
 
     def _set(self, storage: torch.UntypedStorage, origin: _Origin) -> None:
         known = self._origins.get(storage._cdata)
-        self._origins[storage._cdata] = (StorageWeakRef(storage) if known is None else known[0], origin)
+        reference = _weak_reference(storage) if known is None else known[0]
+        self._origins[storage._cdata] = (reference, origin)
 
 
 def _plain_name(name: str) -> str:
@@ -273,16 +299,21 @@ def _only_changes(name: str, data: list[torch.Tensor], outputs: list[torch.Tenso
 
 
 def _numel(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_nested else tensor.numel()
+    with torch._C.DisableTorchFunction():  # subclasses need not hear of it
+        if tensor.is_nested:
+            return sys.maxsize
+        return 0 if is_lazy(tensor) else tensor.numel()
 
 
 def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """The memory of a tensor; of a wrapper such as DTensor, that of its parts; none of some layouts."""
-    if type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor):
-        wrapper: Any = tensor
-        names, _ = wrapper.__tensor_flatten__()
-        return [storage for name in names for storage in _storages(getattr(wrapper, name))]
-    try:
-        return [tensor.untyped_storage()]
-    except (RuntimeError, NotImplementedError):
-        return []
+    with torch._C.DisableTorchFunction():
+        if is_lazy(tensor):
+            return []
+        if type(tensor) is not torch.Tensor and hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            return [storage for name in names for storage in _storages(getattr(tensor, name))]
+        try:
+            return [tensor.untyped_storage()]
+        except (RuntimeError, NotImplementedError):
+            return []

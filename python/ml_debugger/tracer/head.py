@@ -11,14 +11,14 @@ temperature or a norm, is none. Later calls pay nothing.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from ml_debugger.errors import LayerNotFoundError
 from ml_debugger.tracer.data_flow import UNKNOWN, DataFlow, Run
@@ -30,7 +30,7 @@ _HINT = 'name the layer to record: target_layers={"features": "<module path>"}'
 # more memory. Of at least so many modules, and of more while they are small.
 _KEPT_MODULES = 8
 _KEPT_BYTES = 64 << 20
-# They leave their fused path when somebody looks on, and the layer also when it or a module inside has a hook.
+# They leave their fused path when somebody looks on, and the layer when there is a hook at it or inside.
 _FUSED = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention)
 
 
@@ -70,15 +70,18 @@ class HeadSearch:
         self._modules = _modules_to_watch(model)
         if not self._modules:
             raise LayerNotFoundError(
-                "the model has no module with parameters, so no classification head", _HINT
+                "the model has no module with parameters that calls hooks (a scripted one does not), so no "
+                "classification head",
+                _HINT,
             )
         if not hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, model.modules())):
             raise LayerNotFoundError(
-                f"torch {torch.__version__} cannot run a compiled model as it is written for once, so its head "
-                "is not found, expected torch 2.6 or newer",
+                f"torch {torch.__version__} cannot run a compiled model as it is written for once, so its "
+                "head is not found, expected torch 2.6 or newer",
                 _HINT,
             )
         self._thread = 0
+        self._flow: DataFlow | None = None
         self._forget()
 
     @contextlib.contextmanager
@@ -162,9 +165,7 @@ class HeadSearch:
             return
         if not flow.running:
             flow.mark_input((args, kwargs))
-        # Sharding puts other parameters in the place of its own, or plain tensors, just before a module runs.
-        flow.register(value for value in module._parameters.values() if value is not None)
-        flow.register(value for value in vars(module).values() if isinstance(value, torch.Tensor))
+        flow.register(module)
         run = Run(path, module, len(self._runs))
         given = self._first_input(args)
         if given is None:
@@ -235,7 +236,7 @@ class HeadSearch:
         return None
 
     def _forget(self) -> None:
-        self._flow: DataFlow | None = None
+        self._flow = None
         self._runs: list[Run] = []
         self._kept: dict[int, list[Run]] = {}
         self._kept_bytes = 0
@@ -295,7 +296,10 @@ def _has_classes(run: Run, logits: torch.Tensor) -> bool:
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     """Let compiled code run as it is written; `HeadSearch` refuses it where torch lacks this."""
     set_stance = getattr(torch.compiler, "set_stance", None)
-    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
+    # The import is slow, and before it nothing is compiled.
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return cast("contextlib.AbstractContextManager[Any]", set_stance("force_eager"))
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:
