@@ -321,7 +321,7 @@ def every_token() -> nn.Module:
 
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
         x = self.body(self.embedding(x))
-        return (self.fc(x) * torch.softmax(self.attention(x), 1)).sum(1)
+        return (self.fc(x) * torch.softmax(self.attention(x.tanh()), 1)).sum(1)
 
     return Shaped(
         run,
@@ -338,6 +338,20 @@ def several_heads() -> nn.Module:
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.body(x))
         return torch.cat([head(x) for head in self.heads], 1)
+
+    heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(CLASSES))
+    return Shaped(run, heads=heads, body=nn.Linear(6, 8))
+
+
+def written_in_place() -> nn.Module:
+    """Every head writes its column of a matrix that was there before."""
+
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.body(x))
+        logits = torch.zeros(len(x), CLASSES)
+        for column, head in enumerate(self.heads):
+            logits[:, column] = head(x).squeeze(1)
+        return logits
 
     heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(CLASSES))
     return Shaped(run, heads=heads, body=nn.Linear(6, 8))
@@ -444,6 +458,8 @@ NETS = [
         "2.mix",
     ),
     Net("several heads", several_heads, rows, f"heads.{CLASSES - 1}"),
+    Net("written in place", written_in_place, rows, f"heads.{CLASSES - 1}"),
+    Net("nothing but a norm", lambda: nn.BatchNorm1d(6), rows, "", (6,)),
     Net("frozen", frozen_head, rows, "2"),
     Net("lstm", lstm, tokens, "fc"),
     Net("every token", every_token, tokens, "fc", (7, 8)),

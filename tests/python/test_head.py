@@ -397,10 +397,17 @@ def test_head_whose_kernel_is_out_of_sight_is_found() -> None:
             self.weight = nn.Parameter(torch.randn(8, CLASSES))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(x.detach().numpy() @ self.weight.detach().numpy())
+            made = x.detach().numpy() @ self.weight.detach().numpy()
+            if self.returns:
+                return torch.from_numpy(made)
+            output = torch.empty(made.shape)
+            output.numpy()[:] = made
+            return output
 
-    model = nn.Sequential(nn.Linear(4, 8), Foreign())
-    assert find_head(model, torch.randn(BATCH, 4))[0].path == "1"
+    for returns in (True, False):
+        model = nn.Sequential(nn.Linear(4, 8), Foreign())
+        model[1].returns = returns
+        assert find_head(model, torch.randn(BATCH, 4))[0].path == "1"
     behind = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, CLASSES), _Numpy())
     assert find_head(behind, torch.randn(BATCH, 4))[0].path == "1"
 
@@ -412,19 +419,27 @@ class _Numpy(nn.Module):
 
 def test_parameters_put_in_place_of_others_are_seen() -> None:
     """As sharded models do it: the weights that a module computes with come just before it runs."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, CLASSES))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, CLASSES, bias=False))
 
-    def gather(module: nn.Module, args: Any) -> None:
-        module.weight = nn.Parameter(module.weight.detach().clone())
+    def out_of_sight(weight: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(weight.detach().numpy().copy())
 
-    def gather_plain(module: nn.Module, args: Any) -> None:
-        weight = module._parameters.pop("weight")
-        module.weight = torch.empty_like(weight).copy_(weight.detach())
+    def as_parameter(module: nn.Module, args: Any) -> None:
+        module.weight = nn.Parameter(out_of_sight(module.weight))
 
-    for hook in (gather, gather_plain):
+    def as_plain_tensor(module: nn.Module, args: Any) -> None:
+        module.weight = out_of_sight(module._parameters.pop("weight"))
+
+    for hook in (as_parameter, as_plain_tensor):
         given = copy.deepcopy(model)
         given[1].register_forward_pre_hook(hook)
         assert find_head(given, torch.randn(BATCH, 4))[0].path == "1"
+
+
+def test_encoder_layer_that_ends_a_model_is_no_head() -> None:
+    layer = nn.TransformerEncoderLayer(CLASSES, 1, 8, batch_first=True)
+    with pytest.raises(LayerNotFoundError, match=r"'1' makes.*target_layers"):
+        find_head(nn.Sequential(nn.Linear(4, CLASSES), layer), torch.randn(BATCH, 3, 4))
 
 
 def test_tensors_of_a_failed_forward_are_not_kept() -> None:

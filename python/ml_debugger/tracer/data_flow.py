@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from ml_debugger.tracer.outputs import iterate_tensors
@@ -300,16 +299,12 @@ def _only_changes(name: str, data: list[torch.Tensor], outputs: list[torch.Tenso
 
 def _numel(tensor: torch.Tensor) -> int:
     with torch._C.DisableTorchFunction():  # subclasses need not hear of it
-        if tensor.is_nested:
-            return sys.maxsize
-        return 0 if is_lazy(tensor) else tensor.numel()
+        return sys.maxsize if tensor.is_nested else tensor.numel()
 
 
 def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """The memory of a tensor; of a wrapper such as DTensor, that of its parts; none of some layouts."""
     with torch._C.DisableTorchFunction():
-        if is_lazy(tensor):
-            return []
         if type(tensor) is not torch.Tensor and hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
             return [storage for name in names for storage in _storages(getattr(tensor, name))]

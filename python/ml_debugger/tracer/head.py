@@ -185,12 +185,9 @@ class HeadSearch:
         flow = self._flow
         if flow is None or threading.get_ident() != self._thread:
             return
-        if not any(run.module is module for run in flow.running):
+        if not flow.running or flow.running[-1].module is not module:  # a hook before ours raised
             return
         run = flow.running.pop()
-        while run.module is not module:
-            run.given = None
-            run = flow.running.pop()
         first = next(iterate_tensors(output), None)
         if first is not None and not first.is_nested:
             run.output_shape = tuple(first.shape)
