@@ -61,16 +61,33 @@ class HookSet:
 
 
 def warn_about_fused_layers(model: torch.nn.Module, layers: list[Layer]) -> None:
-    """Warn that hooks switch off the fused path of ``TransformerEncoderLayer``."""
-    hooked = {id(layer.module) for layer in layers}
+    """Warn about layers that hooks change or never reach.
+
+    Hooks switch off the fused path of ``TransformerEncoderLayer``. ``MultiheadAttention`` computes with the
+    weights of its ``out_proj`` and never calls it.
+    """
+    hooked = {id(layer.module): layer for layer in layers}
+    fused = None
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.TransformerEncoderLayer) and any(
-            id(inner) in hooked for inner in module.modules()
-        ):
-            warnings.warn(
-                f"watching {path or 'the model'!r} or a module inside makes this encoder layer leave "
-                "its fused path in eval mode: slower, and results differ within rounding",
-                UserWarning,
-                stacklevel=5,
-            )
-            return
+        if isinstance(module, torch.nn.TransformerEncoderLayer) and fused is None:
+            fused = path if any(id(inner) in hooked for inner in module.modules()) else None
+        if getattr(type(module), "forward", None) is torch.nn.MultiheadAttention.forward:
+            silent = [hooked[id(inner)] for inner in module.out_proj.modules() if id(inner) in hooked]
+            if silent:
+                warnings.warn(
+                    f"layer {silent[0].alias!r} ({silent[0].path!r}) never runs: torch.nn.MultiheadAttention "
+                    "computes with the weights of its out_proj and does not call it, so the first call will "
+                    f"raise AliasNotCapturedError; trace the attention module itself ({path!r}): its first "
+                    "output is what out_proj makes",
+                    UserWarning,
+                    stacklevel=5,
+                )
+    if fused is not None:
+        warnings.warn(
+            f"watching {fused or 'the model'!r} or a module inside makes this encoder layer leave "
+            "its fused path in eval mode: slower, and results differ within rounding; if a "
+            "TransformerEncoder hands it nested tensors there (a padding mask, without gradients), the call "
+            "is refused: build that with enable_nested_tensor=False",
+            UserWarning,
+            stacklevel=5,
+        )
