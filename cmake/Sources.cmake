@@ -24,6 +24,8 @@ set(MLD_CORE_SOURCES
     ${MLD_DEVICE_SOURCES}
     csrc/capture/attempt.cpp
     csrc/capture/thread_call.cpp
+    csrc/capture/ring_room.cpp
+    csrc/capture/read_back.cpp
     csrc/capture/recorder.cpp
     csrc/writer/writer.cpp
     csrc/writer/runtime.cpp)

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <thread>
 
+#include "capture/read_back.h"
 #include "ring/record.h"
 #include "writer/runtime.h"
 
@@ -15,7 +15,6 @@ constexpr auto kLeastWait = std::chrono::milliseconds(200);
 // The writer gives up on a full disk after stall_timeout too, counted from its first failure; its
 // verdict says more than that of a waiter, so the waiter lets it come first.
 constexpr auto kVerdictGrace = std::chrono::seconds(1);
-constexpr auto kCopyPoll = std::chrono::microseconds(200);
 
 std::int64_t compose_row_id(std::uint64_t rank, std::uint64_t attempt, std::uint64_t row) noexcept {
   return static_cast<std::int64_t>(rank << (kAttemptBits + kRowBits) | attempt << kRowBits | row);
@@ -44,20 +43,6 @@ class CountGuard {
 
  private:
   std::atomic<std::uint32_t>& count_;
-};
-
-// Counts the time of a wait however it ends.
-class StallClock {
- public:
-  explicit StallClock(Ledger& ledger) : ledger_(ledger) { ledger_.add_stall(); }
-  ~StallClock() { ledger_.add_stall_time(static_cast<std::uint64_t>(elapsed().count())); }
-  StallClock(const StallClock&) = delete;
-  StallClock& operator=(const StallClock&) = delete;
-  [[nodiscard]] std::chrono::nanoseconds elapsed() const { return Clock::now() - begin_; }
-
- private:
-  Ledger& ledger_;
-  const Clock::time_point begin_ = Clock::now();
 };
 
 }  // namespace
@@ -126,7 +111,7 @@ void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& so
     header.payload_bytes = std::min(max_piece, bytes - offset);
     check_budget(call, header.payload_bytes, 0);
     Ring::Slot slot;
-    if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
+    if (!room_.take(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
     Reservation<std::uint64_t> reservation(runtime.ring(), slot);
     const std::byte* from = source.borrow() + offset;
     std::memcpy(slot.data, &header, sizeof header);
@@ -166,7 +151,7 @@ void Recorder::stage_pieces(ThreadCall& call, std::uint64_t bytes, const DeviceP
     header.payload_bytes = std::min(max_piece, bytes - offset);
     check_budget(call, header.payload_bytes, 0);
     Ring::Slot slot;
-    if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
+    if (!room_.take(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
     Reservation<std::uint64_t> reservation(runtime.ring(), slot);
     const std::byte* from = source.borrow() + offset;
     const StageResult result = runtime.stager().stage(place, from, slot.data + sizeof header,
@@ -201,69 +186,6 @@ RecordHeader Recorder::chunk_header(const ThreadCall& call) const noexcept {
   header.epoch = call.epoch;
   header.capture = static_cast<std::uint32_t>(call.captures.size() - 1);
   return header;
-}
-
-bool Recorder::reserve(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
-                       WaitHooks& hooks) {
-  Ring& ring = call.runtime->ring();
-  if (!ring.try_reserve(slot_bytes, slot) && !reserve_slow(call, slot_bytes, slot, hooks))
-    return false;
-  note_high_water(ring);
-  return true;
-}
-
-bool Recorder::reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
-                            WaitHooks& hooks) {
-  Runtime& runtime = *call.runtime;
-  Ring& ring = runtime.ring();
-  const RecorderOptions& options = attempt_->options();
-  if (options.overflow == OverflowPolicy::kDiscard) {
-    runtime.wake();
-    return lose(call, LossCause::kRingFull);
-  }
-  if (options.overflow == OverflowPolicy::kRaise) {
-    runtime.wake();
-    throw Error(ErrorKind::kRingOverflow,
-                "the ring of " + std::to_string(ring.capacity_bytes()) +
-                    " bytes is full: " + std::to_string(ring.used_bytes()) +
-                    " wait to be written and " + std::to_string(slot_bytes) + " more came",
-                "raise TracerConfig.ring_bytes, or choose overflow=\"block\" or \"discard\"");
-  }
-  const StallClock stall(attempt_->ledger());
-  for (;;) {
-    const std::uint64_t seen = runtime.progress();
-    if (ring.try_reserve(slot_bytes, slot)) return true;
-    if (attempt_->is_failed()) {
-      call.fate = ThreadCall::Fate::kFailed;
-      return false;
-    }
-    if (stall.elapsed() >= attempt_->options().stall_timeout) {
-      if (attempt_->options().on_error == OnError::kWarn) return lose(call, LossCause::kStall);
-      throw Error(
-          ErrorKind::kTraceStall,
-          "the ring stayed full for stall_timeout_s=" +
-              std::to_string(
-                  std::chrono::duration<double>(attempt_->options().stall_timeout).count()) +
-              ": the disk does not take what is recorded",
-          "look at the disk, raise TracerConfig.stall_timeout_s, or choose overflow=\"discard\"");
-    }
-    runtime.wait_slice(seen, hooks);
-  }
-}
-
-bool Recorder::lose(ThreadCall& call, LossCause cause) noexcept {
-  call.fate = ThreadCall::Fate::kDiscarded;
-  call.cause = cause;
-  return false;
-}
-
-void Recorder::note_high_water(Ring& ring) noexcept {
-  // relaxed: a statistic.
-  const std::uint64_t used = ring.used_bytes();
-  std::uint64_t seen = high_water_bytes_.load(std::memory_order_relaxed);
-  while (used > seen &&
-         !high_water_bytes_.compare_exchange_weak(seen, used, std::memory_order_relaxed)) {
-  }
 }
 
 // Bytes of the call that the writer has stored already are part of disk_bytes().
@@ -305,7 +227,7 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
     check_budget(*call, 0, attempt_->ledger().snapshot().bytes_in_flight);
   }
   Ring::Slot slot;
-  if (call->fate != ThreadCall::Fate::kStored || !reserve(*call, slot_bytes, &slot, hooks)) {
+  if (call->fate != ThreadCall::Fate::kStored || !room_.take(*call, slot_bytes, &slot, hooks)) {
     count_lost(*call, rows);
     return false;
   }
@@ -363,53 +285,7 @@ std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
       capture >= call->captures.size()) {
     throw Error(ErrorKind::kNotFound, "nothing was captured in this thread's last call");
   }
-  const CaptureInfo& info = call->captures[capture];
-  struct Result {
-    std::string bytes;
-    bool found = true;
-  };
-  const auto runtime = this->runtime();
-  wait_for_copies(*call, info, *runtime, hooks);
-  auto result = std::make_shared<Result>();
-  result->bytes.resize(info.bytes);
-  const auto first = call->pieces.begin() + info.first_piece;
-  std::vector<CapturePiece> pieces(first, first + info.pieces);
-  runtime->run_on_writer(
-      [result, pieces = std::move(pieces), id = attempt_->id(), number = call->number,
-       epoch = call->epoch, capture](Writer& writer) {
-        std::size_t offset = 0;
-        for (std::size_t piece = 0; piece < pieces.size() && result->found; ++piece) {
-          result->found = writer.read_piece(id, epoch, number, capture, piece, pieces[piece],
-                                            result->bytes.data() + offset);
-          offset += pieces[piece].bytes;
-        }
-      },
-      attempt_->options().stall_timeout, "reading back a capture", hooks);
-  if (!result->found)
-    throw Error(ErrorKind::kNotFound, "the last call's rows are gone: they were dropped or lost");
-  return std::move(result->bytes);
-}
-
-// Until the bytes of a capture are in the ring.
-void Recorder::wait_for_copies(const ThreadCall& call, const CaptureInfo& info, Runtime& runtime,
-                               WaitHooks& hooks) const {
-  const auto deadline = Clock::now() + attempt_->options().stall_timeout;
-  const DeviceStager& stager = runtime.stager();
-  for (std::uint32_t number = 0; number < info.pieces; ++number) {
-    const CapturePiece& piece = call.pieces[info.first_piece + number];
-    while (piece.device >= 0 && !stager.has_arrived(piece.device, piece.copy_sequence)) {
-      if (stager.is_lost(piece.device) && !stager.has_arrived(piece.device, piece.copy_sequence)) {
-        throw Error(ErrorKind::kNotFound, "the capture was lost with its CUDA device");
-      }
-      if (Clock::now() >= deadline) {
-        throw Error(ErrorKind::kTraceStall, "a capture has not arrived from its CUDA device",
-                    "look whether the device still works, or raise TracerConfig.stall_timeout_s");
-      }
-      hooks.before_slice();
-      std::this_thread::sleep_for(kCopyPoll);
-      hooks.after_slice();
-    }
-  }
+  return read_capture(*runtime(), *attempt_, *call, capture, hooks);
 }
 
 void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks& hooks) {

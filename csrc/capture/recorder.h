@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "capture/attempt.h"
+#include "capture/ring_room.h"
 #include "capture/thread_call.h"
 #include "clock.h"
 #include "device/device_stager.h"
@@ -48,14 +49,14 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   // Throws Error.
   static std::shared_ptr<Recorder> open(const StoreUse& store, const RecorderOptions& options);
   Recorder(std::shared_ptr<Runtime> runtime, std::shared_ptr<AttemptState> attempt)
-      : attempt_(std::move(attempt)), runtime_(std::move(runtime)) {}
+      : attempt_(std::move(attempt)), room_(*attempt_), runtime_(std::move(runtime)) {}
   Recorder(const Recorder&) = delete;
   Recorder& operator=(const Recorder&) = delete;
 
   [[nodiscard]] const AttemptState& attempt() const noexcept { return *attempt_; }
   [[nodiscard]] bool is_inert() const noexcept { return generation_ != process_generation(); }
   [[nodiscard]] std::size_t ring_high_water_bytes() const noexcept {
-    return high_water_bytes_.load(std::memory_order_relaxed);
+    return room_.high_water_bytes();
   }
 
   // The calling thread's open call; null when it has none. This is all that a hook outside of a
@@ -93,21 +94,13 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   bool close(std::chrono::nanoseconds timeout, WaitHooks& hooks);
 
  private:
-  using Ring = MpscByteRing<std::uint64_t>;
+  using Ring = RingRoom::Ring;
 
   // Lists a capture and counts its bytes.
   void add_capture(ThreadCall& call, std::uint32_t column, const char* dtype,
                    const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes);
   [[nodiscard]] RecordHeader chunk_header(const ThreadCall& call) const noexcept;
-  void wait_for_copies(const ThreadCall& call, const CaptureInfo& info, Runtime& runtime,
-                       WaitHooks& hooks) const;
-  // False when the call was lost instead, by the overflow policy or with its storage.
-  [[nodiscard]] bool reserve(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
-                             WaitHooks& hooks);
-  [[nodiscard]] bool reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
-                                  WaitHooks& hooks);
   void count_lost(ThreadCall& call, std::uint64_t rows);
-  [[nodiscard]] bool lose(ThreadCall& call, LossCause cause) noexcept;
   void let_go();
   void wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks);
   void copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
@@ -119,7 +112,6 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   void check_budget(const ThreadCall& call, std::uint64_t more_bytes,
                     std::uint64_t other_bytes) const;
   void note_loss(const ThreadCall& call, std::uint64_t rows);
-  void note_high_water(Ring& ring) noexcept;
   // The runtime; throws Error(kTracerClosed) when there is none any more.
   [[nodiscard]] std::shared_ptr<Runtime> runtime() const;
 
@@ -127,9 +119,9 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   const std::uint64_t generation_ = process_generation();
   const std::shared_ptr<AttemptState> attempt_;
   // shared
+  RingRoom room_;
   std::atomic<std::uint64_t> next_call_{0};
   std::atomic<std::uint64_t> next_row_{0};
-  std::atomic<std::uint64_t> high_water_bytes_{0};
   std::atomic<bool> closed_{false};
   // Calls between their look at closed_ and their last record.
   std::atomic<std::uint32_t> ending_{0};
