@@ -45,6 +45,39 @@ class CountGuard {
   std::atomic<std::uint32_t>& count_;
 };
 
+// The ways of a piece into its slot. Where the host waits in between, leave() comes before and
+// enter() after; false ends the call.
+struct HostWay {
+  void leave() const noexcept {}
+  [[nodiscard]] bool enter() const noexcept { return true; }
+  [[nodiscard]] bool copy(const std::byte* from, std::byte* to,
+                          const RecordHeader* header) const noexcept {
+    std::memcpy(to, from, header->payload_bytes);
+    return true;
+  }
+};
+
+// Enqueues, and says in the header which copy brings the payload.
+class DeviceWay {
+ public:
+  explicit DeviceWay(StageSession& session) noexcept : session_(session) {}
+  void leave() const noexcept { session_.leave(); }
+  [[nodiscard]] bool enter() const {
+    const StageResult result = session_.enter();
+    if (result == StageResult::kCapturing) throw stream_capture_error();
+    return result == StageResult::kStaged;
+  }
+  [[nodiscard]] bool copy(const std::byte* from, std::byte* to,
+                          RecordHeader* header) const noexcept {
+    header->copy_device = static_cast<std::uint32_t>(session_.device()) + 1;
+    return session_.stage(from, to, header->payload_bytes, &header->copy_sequence) ==
+           StageResult::kStaged;
+  }
+
+ private:
+  StageSession& session_;
+};
+
 }  // namespace
 
 std::shared_ptr<Recorder> Recorder::open(const StoreUse& store, const RecorderOptions& options) {
@@ -87,7 +120,27 @@ void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype
                        ByteSource& source, WaitHooks& hooks) {
   add_capture(call, column, dtype, dims, ndim, bytes);
   try {
-    copy_pieces(call, bytes, source, hooks);
+    copy_pieces(call, bytes, source.borrow(), HostWay{}, source, hooks);
+  } catch (...) {
+    break_call(call);
+    throw;
+  }
+}
+
+bool Recorder::capture_device(ThreadCall& call, std::uint32_t column, const char* dtype,
+                              const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
+                              const DevicePlace& place, ByteSource& source, WaitHooks& hooks) {
+  try {
+    StageSession session(call.runtime->stager(), place);
+    const std::byte* from = source.borrow();  // runs code of torch's, so before the session
+    const DeviceWay way(session);
+    const StageResult result = session.enter();
+    if (result == StageResult::kUnavailable) return false;
+    if (result == StageResult::kCapturing) throw stream_capture_error();
+    add_capture(call, column, dtype, dims, ndim, bytes);
+    if (result == StageResult::kLost) call.fate = ThreadCall::Fate::kFailed;
+    copy_pieces(call, bytes, from, way, source, hooks);
+    return true;
   } catch (...) {
     break_call(call);
     throw;
@@ -101,71 +154,35 @@ void Recorder::break_call(ThreadCall& call) noexcept {
   call.trouble = std::current_exception();
 }
 
-void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& source,
-                           WaitHooks& hooks) {
-  RecordHeader header = chunk_header(call);
+template <class Way>
+void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, const std::byte* from,
+                           const Way& way, ByteSource& source, WaitHooks& hooks) {
   Runtime& runtime = *call.runtime;
+  RecordHeader header = chunk_header(call);
   const std::uint64_t max_piece = runtime.max_piece_bytes();
   for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored;
        offset += max_piece) {
     header.payload_bytes = std::min(max_piece, bytes - offset);
     check_budget(call, header.payload_bytes, 0);
+    const std::size_t slot_bytes = sizeof header + header.payload_bytes;
     Ring::Slot slot;
-    if (!room_.take(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
+    const bool must_wait = !room_.try_take(call, slot_bytes, &slot);
+    if (must_wait) {
+      way.leave();
+      if (!room_.take_slow(call, slot_bytes, &slot, hooks)) return;
+    }
     Reservation<std::uint64_t> reservation(runtime.ring(), slot);
-    const std::byte* from = source.borrow() + offset;
-    std::memcpy(slot.data, &header, sizeof header);
-    std::memcpy(slot.data + sizeof header, from, header.payload_bytes);
-    reservation.publish();
-    runtime.note_published();
-    call.pieces.push_back({slot.position, header.payload_bytes});
-    ++call.captures[header.capture].pieces;
-  }
-}
-
-bool Recorder::capture_device(ThreadCall& call, std::uint32_t column, const char* dtype,
-                              const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
-                              const DevicePlace& place, ByteSource& source, WaitHooks& hooks) {
-  const StageResult result = call.runtime->stager().open(place);
-  if (result == StageResult::kCapturing) throw stream_capture_error();
-  if (result == StageResult::kUnavailable) return false;
-  add_capture(call, column, dtype, dims, ndim, bytes);
-  if (result == StageResult::kLost) call.fate = ThreadCall::Fate::kFailed;
-  try {
-    stage_pieces(call, bytes, place, source, hooks);
-  } catch (...) {
-    break_call(call);
-    throw;
-  }
-  return true;
-}
-
-void Recorder::stage_pieces(ThreadCall& call, std::uint64_t bytes, const DevicePlace& place,
-                            ByteSource& source, WaitHooks& hooks) {
-  Runtime& runtime = *call.runtime;
-  RecordHeader header = chunk_header(call);
-  header.copy_device = static_cast<std::uint32_t>(place.device) + 1;
-  const std::uint64_t max_piece = runtime.max_piece_bytes();
-  for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored;
-       offset += max_piece) {
-    header.payload_bytes = std::min(max_piece, bytes - offset);
-    check_budget(call, header.payload_bytes, 0);
-    Ring::Slot slot;
-    if (!room_.take(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
-    Reservation<std::uint64_t> reservation(runtime.ring(), slot);
-    const std::byte* from = source.borrow() + offset;
-    const StageResult result = runtime.stager().stage(place, from, slot.data + sizeof header,
-                                                      header.payload_bytes, &header.copy_sequence);
-    if (result == StageResult::kCapturing) throw stream_capture_error();
-    if (result != StageResult::kStaged) {
+    if (must_wait) from = source.borrow();
+    if ((must_wait && !way.enter()) ||
+        !way.copy(from + offset, slot.data + sizeof header, &header)) {
       call.fate = ThreadCall::Fate::kFailed;
       return;
     }
     std::memcpy(slot.data, &header, sizeof header);
     reservation.publish();
     runtime.note_published();
-    call.pieces.push_back(
-        {slot.position, header.payload_bytes, place.device, header.copy_sequence});
+    call.pieces.push_back({slot.position, header.payload_bytes,
+                           static_cast<int>(header.copy_device) - 1, header.copy_sequence});
     ++call.captures[header.capture].pieces;
   }
 }

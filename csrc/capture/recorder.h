@@ -35,8 +35,8 @@ namespace mld {
 class Runtime;
 struct RecordHeader;
 
-// Bytes to copy. They are borrowed anew before each piece, since a wait may lie between two. Of a
-// device tensor: its device address.
+// Bytes to copy. They are borrowed before the first piece, and anew after each wait. Of a device
+// tensor: its device address.
 class ByteSource {
  public:
   virtual ~ByteSource() = default;
@@ -103,9 +103,11 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   void count_lost(ThreadCall& call, std::uint64_t rows);
   void let_go();
   void wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks);
-  void copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
-  void stage_pieces(ThreadCall& call, std::uint64_t bytes, const DevicePlace& place,
-                    ByteSource& source, WaitHooks& hooks);
+  // Copies what lies at `from`, which was borrowed from `source` just now; after a wait it is
+  // borrowed anew.
+  template <class Way>
+  void copy_pieces(ThreadCall& call, std::uint64_t bytes, const std::byte* from, const Way& way,
+                   ByteSource& source, WaitHooks& hooks);
   // Within a catch: the call cannot be stored any more, and end_call() will say why.
   static void break_call(ThreadCall& call) noexcept;
   // Throws Error(kDiskBudget) if the call and `other_bytes` do not fit max_bytes.

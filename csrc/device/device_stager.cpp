@@ -39,29 +39,16 @@ DevicePath* DeviceStager::find(int device) const noexcept {
   return paths_[static_cast<std::size_t>(device)].load(std::memory_order_acquire);
 }
 
-StageResult DeviceStager::open(const DevicePlace& place) noexcept {
-  if (generation_ != process_generation() || place.device < 0 || place.device >= kMaxDevices ||
+DevicePath* DeviceStager::find_or_make(int device) noexcept {
+  if (generation_ != process_generation() || device < 0 || device >= kMaxDevices ||
       unavailable_.load(std::memory_order_relaxed))
-    return StageResult::kUnavailable;
-  DevicePath* path = find(place.device);
+    return nullptr;
+  if (DevicePath* known = find(device)) return known;
   try {
-    if (path == nullptr) path = make_path(place.device);
+    return make_path(device);
   } catch (const std::exception&) {  // no memory
-    return StageResult::kUnavailable;
+    return nullptr;
   }
-  if (path == nullptr) return StageResult::kUnavailable;
-  if (path->state() >= State::kClosed) return refusal(*path);
-  const DeviceSession session(*driver_, path->context());
-  bool capturing = false;
-  cuda::Result code = session.code();
-  if (code == kSuccess)
-    code = session.ask_capturing(static_cast<cuda::Stream>(place.stream), &capturing);
-  if (code != kSuccess) {
-    path->close(code, "asking for a graph capture");
-    return refusal(*path);
-  }
-  if (capturing) return StageResult::kCapturing;
-  return path->state() == State::kOpen ? StageResult::kStaged : set_up(*path);
 }
 
 const cuda::Driver* DeviceStager::load_driver() {
@@ -89,6 +76,7 @@ DevicePath* DeviceStager::make_path(int device) {
 }
 
 StageResult DeviceStager::set_up(DevicePath& path) noexcept {
+  if (path.state() == State::kOpen) return StageResult::kStaged;
   const std::lock_guard<std::mutex> lock(setup_mutex_);
   if (path.state() == State::kNew) {
     cuda::Result code = cuda::kOutOfMemory;
@@ -118,23 +106,6 @@ void DeviceStager::pin_arena() {
   notes_.add("the ring of " + std::to_string(arena_bytes_) +
              " bytes could not be pinned: " + driver_->error_name(code) +
              "; copies from the GPU wait on the host. Lower TracerConfig.ring_bytes");
-}
-
-StageResult DeviceStager::stage(const DevicePlace& place, const std::byte* from, std::byte* to,
-                                std::size_t bytes, std::uint64_t* sequence) noexcept {
-  DevicePath* path = find(place.device);
-  if (path == nullptr || generation_ != process_generation()) return StageResult::kUnavailable;
-  const auto compute = static_cast<cuda::Stream>(place.stream);
-  if (is_broken(StagerMutation::kQueryInHook)) driver_->stream_query(path->stream());
-  const DeviceSession session(*driver_, path->context());
-  bool capturing = false;
-  cuda::Result code = session.code();
-  if (code == kSuccess) code = session.ask_capturing(compute, &capturing);
-  if (capturing) return StageResult::kCapturing;
-  if (code != kSuccess) path->close(code, "copying a tensor");
-  return path->copy(compute, reinterpret_cast<cuda::DevicePointer>(from), to, bytes, sequence)
-             ? StageResult::kStaged
-             : refusal(*path);
 }
 
 void DeviceStager::count_synchronous_copy() noexcept {
@@ -200,6 +171,32 @@ bool DeviceStager::shut_down(std::chrono::nanoseconds patience) noexcept {
     path->release();
   }
   return true;
+}
+
+StageResult StageSession::enter() noexcept {
+  path_ = stager_.find_or_make(place_.device);
+  if (path_ == nullptr) return StageResult::kUnavailable;
+  if (path_->state() >= State::kClosed) return refusal(*path_);
+  const cuda::Driver& driver = *stager_.driver_;
+  if (is_broken(StagerMutation::kQueryInHook) && path_->state() == State::kOpen)
+    driver.stream_query(path_->stream());
+  calls_.emplace(driver, path_->context());
+  bool capturing = false;
+  cuda::Result code = calls_->code();
+  if (code == kSuccess) code = calls_->ask_capturing(compute(), &capturing);
+  if (code != kSuccess) path_->close(code, "asking for a graph capture");
+  const StageResult result = capturing          ? StageResult::kCapturing
+                             : code != kSuccess ? refusal(*path_)
+                                                : stager_.set_up(*path_);
+  if (result != StageResult::kStaged) leave();
+  return result;
+}
+
+StageResult StageSession::stage(const std::byte* from, std::byte* to, std::size_t bytes,
+                                std::uint64_t* sequence) noexcept {
+  return path_->copy(compute(), reinterpret_cast<cuda::DevicePointer>(from), to, bytes, sequence)
+             ? StageResult::kStaged
+             : refusal(*path_);
 }
 
 }  // namespace mld

@@ -12,8 +12,9 @@
 // A device slot and an event are free again when the word has passed their number. With no room in
 // the device ring, the D2H copy itself goes to the compute stream, and our stream waits for it.
 //
-// Thread safety: open, stage, has_arrived, report, take_notice from any thread; state_of and
-// probing from the writer thread; shut_down when neither producers nor writer are there any more.
+// Thread safety: has_arrived, is_lost, report, take_notice from any thread, and a StageSession from
+// the thread that made it; state_of from the writer thread; shut_down when neither producers nor
+// writer are there any more.
 //
 // INVARIANT: nothing is enqueued on a stream that is being captured into a graph, and our calls run
 //            in sessions (device_session.h), so that they never invalidate a capture of another
@@ -36,6 +37,7 @@
 #include "device/cuda_driver.h"
 #include "device/device_notes.h"
 #include "device/device_path.h"
+#include "device/device_session.h"
 #include "process.h"
 #include "ring/copy_watch.h"
 
@@ -53,7 +55,7 @@ struct DevicePlace {
 };
 
 enum class StageResult {
-  kStaged,       // enqueued; it arrives by itself
+  kStaged,       // it can be; enqueued, and it arrives by itself
   kCapturing,    // the stream is being captured into a graph; nothing was enqueued
   kUnavailable,  // there is no such path, or not any more: copy synchronously
   kLost,         // the context is lost: nothing can be copied from this device any more
@@ -68,23 +70,19 @@ struct DeviceReport {
   bool pinned = false;  // the arena
 };
 
+class StageSession;
+
 class DeviceStager final : public CopyWatch {
  public:
   static constexpr int kMaxDevices = 64;
 
-  // `arena` is where slots lie; it outlives the stager. Nothing is loaded or taken before open().
+  // `arena` is where slots lie; it outlives the stager. Nothing is loaded or taken before a
+  // session.
   DeviceStager(std::byte* arena, std::size_t arena_bytes, DeviceOptions options);
   ~DeviceStager() override;
   DeviceStager(const DeviceStager&) = delete;
   DeviceStager& operator=(const DeviceStager&) = delete;
 
-  // Before a capture: whether its tensor can be staged. Sets the device up when it is the first.
-  [[nodiscard]] StageResult open(const DevicePlace& place) noexcept;
-  // Enqueues the copy of `bytes` at device address `from`, as they are at this point of the compute
-  // stream, to `to` in the arena. REQUIRES: open() has returned kStaged; `to` stays reserved until
-  // the copy with number `*sequence` has arrived or is lost.
-  [[nodiscard]] StageResult stage(const DevicePlace& place, const std::byte* from, std::byte* to,
-                                  std::size_t bytes, std::uint64_t* sequence) noexcept;
   void count_synchronous_copy() noexcept;
 
   // Any thread; false also for what is lost.
@@ -102,7 +100,11 @@ class DeviceStager final : public CopyWatch {
   [[nodiscard]] bool shut_down(std::chrono::nanoseconds patience) noexcept;
 
  private:
+  friend class StageSession;
+
   [[nodiscard]] DevicePath* find(int device) const noexcept;
+  // The path of a device, made if it is the first; null when there is no way.
+  [[nodiscard]] DevicePath* find_or_make(int device) noexcept;
   [[nodiscard]] const cuda::Driver* load_driver();
   [[nodiscard]] DevicePath* make_path(int device);
   [[nodiscard]] StageResult set_up(DevicePath& path) noexcept;
@@ -123,6 +125,40 @@ class DeviceStager final : public CopyWatch {
   std::unique_ptr<cuda::Driver> driver_;  // set once under setup_mutex_, before any path
   bool arena_tried_ = false;              // protected by setup_mutex_
   std::atomic<bool> pinned_{false};
+};
+
+// One thread's copies of one tensor. Between enter() and leave() every piece costs the operations
+// of its copy alone; what they need around them (the capture mode, the context, the question for a
+// graph capture) is done once. So nothing of the user's may run in between, and no host wait:
+// leave() comes before, and enter() after it asks again.
+class StageSession {
+ public:
+  StageSession(DeviceStager& stager, const DevicePlace& place) noexcept
+      : stager_(stager), place_(place) {}
+  StageSession(const StageSession&) = delete;
+  StageSession& operator=(const StageSession&) = delete;
+
+  // Whether the tensor can be staged: kStaged, and then the session is entered. Sets the device up
+  // when it is the first tensor of it.
+  [[nodiscard]] StageResult enter() noexcept;
+  // What is enqueued goes on.
+  void leave() noexcept { calls_.reset(); }
+  // Enqueues the copy of `bytes` at device address `from`, as they are at this point of the compute
+  // stream, to `to` in the arena: kStaged, and its number. REQUIRES: entered; `to` stays reserved
+  // until that copy has arrived or is lost.
+  [[nodiscard]] StageResult stage(const std::byte* from, std::byte* to, std::size_t bytes,
+                                  std::uint64_t* sequence) noexcept;
+  [[nodiscard]] int device() const noexcept { return place_.device; }
+
+ private:
+  [[nodiscard]] cuda::Stream compute() const noexcept {
+    return static_cast<cuda::Stream>(place_.stream);
+  }
+
+  DeviceStager& stager_;
+  const DevicePlace place_;
+  DevicePath* path_ = nullptr;
+  std::optional<DeviceSession> calls_;
 };
 
 }  // namespace mld

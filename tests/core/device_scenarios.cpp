@@ -72,9 +72,13 @@ StageResult Rig::stage(const Tensor& tensor) {
   if (used_ > arena_.bytes()) std::abort();
   std::uint64_t sequence = 0;
   FAKE(fake_cuda_callee_begin)();
-  StageResult result = stager_->open(tensor.place);
-  if (result == StageResult::kStaged)
-    result = stager_->stage(tensor.place, tensor.data(), to, tensor.content.size(), &sequence);
+  StageResult result = StageResult::kUnavailable;
+  {
+    mld::StageSession session(*stager_, tensor.place);
+    result = session.enter();
+    if (result == StageResult::kStaged)
+      result = session.stage(tensor.data(), to, tensor.content.size(), &sequence);
+  }
   FAKE(fake_cuda_callee_end)();
   if (result == StageResult::kStaged)
     flights_.push_back({tensor.place.device, sequence, to, tensor.content});

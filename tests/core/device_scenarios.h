@@ -59,7 +59,7 @@ inline mld::DeviceOptions options(std::size_t ring_bytes) {
 class Rig {
  public:
   explicit Rig(std::size_t device_ring_bytes);
-  // As a hook: open, stage; the tensor may be changed afterwards.
+  // As a hook: enter a session, stage; the tensor may be changed afterwards.
   mld::StageResult stage(const Tensor& tensor);
   // Compares what has arrived; false when something has not.
   bool check_arrived();

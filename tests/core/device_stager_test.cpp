@@ -113,7 +113,7 @@ TEST(device_copies_arrive_without_pinned_memory) {
   FAKE(fake_cuda_fail)("cuMemHostRegister_v2", 1, fake_cuda::kOutOfMemory, 0);
   Rig rig(std::size_t{1} << 20);
   const Tensor tensor({0, FAKE(fake_cuda_stream)(0, 1)}, support::pattern(1, 5000));
-  CHECK(rig.stager().open(tensor.place) == StageResult::kStaged);
+  CHECK(mld::StageSession(rig.stager(), tensor.place).enter() == StageResult::kStaged);
   CHECK(!rig.stager().report().pinned);
   const auto notice = rig.stager().take_notice();
   CHECK(notice && notice->find("CUDA_ERROR_OUT_OF_MEMORY") != std::string::npos);
@@ -126,10 +126,10 @@ TEST(device_copies_arrive_without_pinned_memory) {
 TEST(device_stager_without_a_driver_is_unavailable_and_says_so_once) {
   mld::Arena arena(65536);
   mld::DeviceStager stager(arena.data(), arena.bytes(), {"/nowhere/libcuda.so.1", 4096});
-  CHECK(stager.open({0, nullptr}) == StageResult::kUnavailable);
-  CHECK(stager.open({0, nullptr}) == StageResult::kUnavailable);
-  CHECK(stager.open({-1, nullptr}) == StageResult::kUnavailable);
-  CHECK(stager.open({mld::DeviceStager::kMaxDevices, nullptr}) == StageResult::kUnavailable);
+  for (const int device : {0, 0, -1, mld::DeviceStager::kMaxDevices}) {
+    mld::StageSession session(stager, {device, nullptr});
+    CHECK(session.enter() == StageResult::kUnavailable);
+  }
   CHECK(stager.take_notice().has_value());
   CHECK(!stager.take_notice());
   CHECK(stager.shut_down(std::chrono::seconds(0)));
@@ -142,12 +142,9 @@ TEST(device_stager_of_a_forked_child_calls_no_driver) {
   const Tensor tensor({0, nullptr}, "1234");
   CHECK(rig.stage(tensor) == StageResult::kStaged);
   const int status = support::in_child([&] {
-    std::uint64_t sequence = 0;
-    if (rig.stager().open(tensor.place) != StageResult::kUnavailable) return 1;
-    if (rig.stager().stage(tensor.place, tensor.data(), nullptr, 4, &sequence) !=
-        StageResult::kUnavailable)
-      return 2;
-    return rig.stager().shut_down(std::chrono::seconds(0)) ? 3 : 0;
+    mld::StageSession session(rig.stager(), tensor.place);
+    if (session.enter() != StageResult::kUnavailable) return 1;
+    return rig.stager().shut_down(std::chrono::seconds(0)) ? 2 : 0;
   });
   CHECK_EQ(status, 0);
   CHECK_EQ(FAKE(fake_cuda_child_calls)(), 0);

@@ -111,7 +111,8 @@ const char* fake_cuda_rule(size_t index, int* is_warning);  // ids in order; NUL
 void fake_cuda_check_leaks(void);      // reports what the program under test has not given back
 uint64_t fake_cuda_child_calls(void);  // driver calls made by forked children since the reset
 
-// Counters since the reset. Calls by the name of the symbol ("cuMemFree_v2"), refused ones too.
+// Counters since the reset. Calls by the name of the symbol ("cuMemFree_v2"; NULL: of all),
+// refused ones too.
 uint64_t fake_cuda_calls(const char* name);
 uint64_t fake_cuda_calls_of_thread(const char* name);
 uint64_t fake_cuda_copied_bytes(int kind);
