@@ -271,14 +271,14 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
 
 void Recorder::count_lost(ThreadCall& call, std::uint64_t rows) {
   if (call.fate == ThreadCall::Fate::kFailed) {
-    // With a device lost, and not the storage, earlier pieces may be stored.
-    if (!call.pieces.empty() && !attempt_->is_failed()) note_loss(call, 0);
+    // By its device: a gap. With the storage nothing can be written any more.
+    if (!attempt_->is_failed()) note_loss(call, rows, kDeviceErrorCause);
     attempt_->ledger().submit_failed(rows, call.bytes);
     call.end(ThreadCall::State::kEnded);
     if (attempt_->options().on_error == OnError::kRaise) attempt_->raise_failure();
     return;
   }
-  note_loss(call, rows);
+  note_loss(call, rows, kLossCauseNames[static_cast<std::size_t>(call.cause)]);
   attempt_->ledger().submit_discarded(rows, call.bytes, call.cause);
   call.end(ThreadCall::State::kEnded);
 }
@@ -286,13 +286,12 @@ void Recorder::count_lost(ThreadCall& call, std::uint64_t rows) {
 void Recorder::abort_call() {
   ThreadCall* call = current_call();
   if (call == nullptr) return;
-  if (!call->pieces.empty()) note_loss(*call, 0);
+  if (!call->pieces.empty()) note_loss(*call, 0, "");
   call->end(ThreadCall::State::kNone);
 }
 
-void Recorder::note_loss(const ThreadCall& call, std::uint64_t rows) {
-  const Gap gap{call.number, call.number, rows, rows == 0 ? 0 : call.bytes,
-                kLossCauseNames[static_cast<std::size_t>(call.cause)]};
+void Recorder::note_loss(const ThreadCall& call, std::uint64_t rows, const char* cause) {
+  const Gap gap{call.number, call.number, rows, rows == 0 ? 0 : call.bytes, cause};
   attempt_->note_loss({call.runtime->ring().head(), call.epoch, gap});
 }
 

@@ -72,8 +72,8 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
                std::uint32_t ndim, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
   // The same for memory of a CUDA device: enqueues copies and waits for none. False, with nothing
   // done, when the device has no such path: copy to the host, then capture(). A lost device loses
-  // the call (counted as failed) instead of raising, since the error is the user's to see. Throws
-  // as capture(), and Error(kStreamCapture).
+  // the call (counted as failed, with a gap) instead of raising: the error is the user's to see.
+  // Throws as capture(), and Error(kStreamCapture).
   [[nodiscard]] bool capture_device(ThreadCall& call, std::uint32_t column, const char* dtype,
                                     const std::int64_t* dims, std::uint32_t ndim,
                                     std::uint64_t bytes, const DevicePlace& place,
@@ -113,7 +113,7 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   // Throws Error(kDiskBudget) if the call and `other_bytes` do not fit max_bytes.
   void check_budget(const ThreadCall& call, std::uint64_t more_bytes,
                     std::uint64_t other_bytes) const;
-  void note_loss(const ThreadCall& call, std::uint64_t rows);
+  void note_loss(const ThreadCall& call, std::uint64_t rows, const char* cause);
   // The runtime; throws Error(kTracerClosed) when there is none any more.
   [[nodiscard]] std::shared_ptr<Runtime> runtime() const;
 

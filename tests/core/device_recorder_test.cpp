@@ -251,9 +251,22 @@ TEST(lost_device_fails_its_calls_and_leaves_the_rest_alone) {
   CHECK(!support::end_call(*trace.recorder, 1));
   CHECK_EQ(trace.counters().rows_failed, 2);
   support::flush(*trace.recorder);
-  CHECK_EQ(support::read_partition(trace.directory / "epoch-0").calls.size(), 2);
+  CHECK(support::is_conserved(trace.counters()));
   CHECK_EQ(mld::Runtime::current()->stager().report().errors, 1);
   CHECK_EQ(mld::Runtime::current()->stager().report().last_error, "CUDA_ERROR_ILLEGAL_ADDRESS");
+  CHECK(support::close(*trace.recorder));
+  // Whoever opens the store sees what is missing and why: call 1 was in the ring, call 3 never was.
+  const auto stored = support::read_partition(trace.directory / "epoch-0");
+  CHECK_EQ(stored.calls.size(), 2);
+  REQUIRE(stored.gaps.size() == 2);
+  for (std::size_t i = 0; i < 2; ++i) {
+    CHECK_EQ(stored.gaps[i].first_call, 1 + 2 * i);
+    CHECK_EQ(stored.gaps[i].last_call, 1 + 2 * i);
+    CHECK_EQ(stored.gaps[i].rows, 1);
+    CHECK_EQ(stored.gaps[i].bytes, tensor.content.size());
+    CHECK_EQ(stored.gaps[i].cause, "device_error");
+  }
+  CHECK_EQ(stored.meta_discarded_rows, 2);
 }
 
 TEST(call_whose_later_piece_cannot_be_staged_fails_as_a_whole) {
@@ -274,6 +287,10 @@ TEST(call_whose_later_piece_cannot_be_staged_fails_as_a_whole) {
   check_law(trace);
   const auto stored = support::read_partition(trace.directory / "epoch-0");
   CHECK_EQ(stored.calls.size(), 1);
+  REQUIRE(stored.gaps.size() == 1);
+  CHECK_EQ(stored.gaps[0].first_call, 0);
+  CHECK_EQ(stored.gaps[0].rows, 1);
+  CHECK_EQ(stored.gaps[0].cause, "device_error");
   CHECK_EQ(std::string(FAKE(fake_cuda_violations)()), "");
 }
 
