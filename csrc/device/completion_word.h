@@ -2,6 +2,12 @@
 // number of each copy behind it, and the number of the last one that was enqueued. The copies end
 // in the order of their numbers, so one word tells about all of them: no query, no callback.
 //
+// Set by a stream memory operation, or, where the driver has none, by a copy from a counter in
+// device memory that our stream has set before. Both lie behind the copy in the order of our
+// stream, and an operation of a stream begins when those before it are complete, their bytes
+// visible: a memory operation is a fence (cuda.h, CU_STREAM_WRITE_VALUE_DEFAULT), and the counter's
+// setting stands between two copies and needs the first one's end.
+//
 // Thread safety: take, write and release under whatever orders our stream; the rest from any
 // thread.
 #pragma once
@@ -15,8 +21,9 @@ namespace mld {
 
 class CompletionWord {
  public:
-  [[nodiscard]] cuda::Result take(const cuda::Driver& driver) noexcept;
-  // REQUIRES: nothing that writes it is on its way.
+  // Finds the way by setting number 0 on our stream, which has to arrive like any other.
+  [[nodiscard]] cuda::Result take(const cuda::Driver& driver, cuda::Stream stream) noexcept;
+  // REQUIRES: last() has landed, or its context is lost.
   void release(const cuda::Driver& driver) noexcept;
   [[nodiscard]] bool is_taken() const noexcept { return word_ != nullptr; }
 
@@ -40,6 +47,7 @@ class CompletionWord {
   // constant once taken
   std::uint32_t* word_ = nullptr;  // written by the device
   cuda::DevicePointer address_ = 0;
+  cuda::DevicePointer counter_ = 0;  // only without stream memory operations
   // shared
   std::atomic<std::uint64_t> last_{0};
 };

@@ -26,7 +26,7 @@ void DevicePath::take_context() {
 
 cuda::Result DevicePath::take_resources(std::size_t ring_bytes) {
   cuda::Result code = driver_.stream_create(&stream_, cuda::kStreamNonBlocking);
-  if (code == kSuccess) code = word_.take(driver_);
+  if (code == kSuccess) code = word_.take(driver_, stream_);
   if (code == kSuccess) code = ring_.take_events(driver_);
   if (code == kSuccess) ring_.take_memory(driver_, ring_bytes);
   return code;

@@ -22,6 +22,10 @@ struct Findings {
   [[nodiscard]] bool none() const { return wrong.empty() && broken.empty(); }
 };
 
+// How machines complete copies from now on: with stream memory operations (as after the start), or
+// without.
+void set_memory_operations(bool supported);
+
 // A machine with GPUs, as torch leaves it to us: initialised, every context made, device 0 current.
 class Machine {
  public:

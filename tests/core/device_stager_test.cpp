@@ -20,6 +20,11 @@ void check_sound(const Findings& findings) {
   CHECK_EQ(findings.broken, "");
 }
 
+struct WithoutMemoryOperations {
+  WithoutMemoryOperations() { set_memory_operations(false); }
+  ~WithoutMemoryOperations() { set_memory_operations(true); }
+};
+
 constexpr std::uint64_t kSeeds = kUnderTsan || kUnderAsan ? 100 : 500;
 
 }  // namespace
@@ -65,8 +70,28 @@ TEST(device_legacy_stream_beside_a_capture_on_a_blocking_stream_counts_as_captur
   check_sound(rig.finish());
 }
 
+TEST(device_copies_arrive_where_streams_have_no_memory_operations) {
+  const WithoutMemoryOperations limited;
+  for (std::uint64_t seed = 1; seed <= kSeeds / 2; ++seed) {
+    const Findings findings = train(seed);
+    check_sound(findings);
+    CHECK_EQ(findings.report.copies, 24);
+    CHECK_EQ(findings.report.errors, 0);
+    check_sound(train_without_device_ring(seed));
+    if (seed <= 20) check_sound(capture_elsewhere(seed)), check_sound(capture_here(seed));
+  }
+  // Asked once a device, at its set-up.
+  const Machine machine(1);
+  Rig rig(std::size_t{1} << 20);
+  const Tensor tensor({0, FAKE(fake_cuda_stream)(0, 1)}, "1234");
+  for (int i = 0; i < 3; ++i) CHECK(rig.stage(tensor) == StageResult::kStaged);
+  CHECK_EQ(FAKE(fake_cuda_calls)("cuStreamWriteValue32_v2"), 1);
+  CHECK_EQ(FAKE(fake_cuda_calls)("cuMemsetD32Async"), 4);
+  check_sound(rig.finish());
+}
+
 // Whatever fails, and when: no wrong byte, no slot given up under a copy, nothing left behind.
-TEST(device_path_ends_in_order_whichever_call_fails) {
+void fail_each_call() {
   std::uint64_t errors = 0;
   for (const char* function : driver_functions()) {
     for (std::uint64_t nth = 1; nth <= 12; nth = nth < 4 ? nth + 1 : nth + 4) {
@@ -84,6 +109,13 @@ TEST(device_path_ends_in_order_whichever_call_fails) {
     }
   }
   CHECK(errors > 100);
+}
+
+TEST(device_path_ends_in_order_whichever_call_fails) { fail_each_call(); }
+
+TEST(device_path_without_memory_operations_ends_in_order_whichever_call_fails) {
+  const WithoutMemoryOperations limited;
+  fail_each_call();
 }
 
 TEST(device_ring_shrinks_until_the_device_has_room) {

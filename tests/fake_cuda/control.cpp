@@ -72,6 +72,11 @@ FAKE_CUDA_EXPORT void fake_cuda_shut_down() {
   driver().shut_down = true;
 }
 
+FAKE_CUDA_EXPORT void fake_cuda_set_memory_operations(int supported) {
+  const Lock lock(driver().mutex);
+  driver().has_memory_operations = supported != 0;
+}
+
 FAKE_CUDA_EXPORT void fake_cuda_set_device_count(int devices) {
   const Lock lock(driver().mutex);
   driver().add_devices(devices);

@@ -49,6 +49,10 @@ void fake_cuda_reset(uint64_t seed, int devices, int mode);
 void fake_cuda_set_initialised(int initialised);
 void fake_cuda_shut_down(void);  // as in static destructors: every call answers DEINITIALIZED
 void fake_cuda_set_device_count(int devices);  // adds devices
+// Whether streams have memory operations (1, after a reset); without, cuStreamWriteValue32_v2
+// answers NOT_SUPPORTED. The manual (Driver API 11.8, Stream Memory Operations) says that the `_v2`
+// are available on all platforms, where version 1 is off by default; 0 is a driver that disagrees.
+void fake_cuda_set_memory_operations(int supported);
 
 // Execution. step returns how many operations ran; run_until_idle ends when none can run any more.
 size_t fake_cuda_step(size_t operations);
