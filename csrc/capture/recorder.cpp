@@ -117,8 +117,8 @@ std::uint64_t Recorder::begin_call(std::int64_t epoch, std::uint32_t batch_size)
 
 void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype,
                        const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
-                       ByteSource& source, WaitHooks& hooks) {
-  add_capture(call, column, dtype, dims, ndim, bytes);
+                       ByteSource& source, WaitHooks& hooks, int device) {
+  add_capture(call, column, dtype, dims, ndim, bytes, device);
   try {
     copy_pieces(call, bytes, source.borrow(), HostWay{}, source, hooks);
   } catch (...) {
@@ -137,7 +137,7 @@ bool Recorder::capture_device(ThreadCall& call, std::uint32_t column, const char
     const StageResult result = session.enter();
     if (result == StageResult::kUnavailable) return false;
     if (result == StageResult::kCapturing) throw stream_capture_error();
-    add_capture(call, column, dtype, dims, ndim, bytes);
+    add_capture(call, column, dtype, dims, ndim, bytes, place.device);
     if (result == StageResult::kLost) call.fate = ThreadCall::Fate::kFailed;
     copy_pieces(call, bytes, from, way, source, hooks);
     return true;
@@ -188,9 +188,10 @@ void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, const std::byt
 }
 
 void Recorder::add_capture(ThreadCall& call, std::uint32_t column, const char* dtype,
-                           const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes) {
+                           const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
+                           int device) {
   call.captures.push_back({column, dtype, static_cast<std::uint32_t>(call.dims.size()), ndim,
-                           static_cast<std::uint32_t>(call.pieces.size()), 0, bytes});
+                           static_cast<std::uint32_t>(call.pieces.size()), 0, bytes, device});
   call.dims.insert(call.dims.end(), dims, dims + ndim);
   call.bytes += bytes;  // counted for lost calls too
 }

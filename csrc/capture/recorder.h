@@ -66,10 +66,12 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   [[nodiscard]] ThreadCall* last_call() const noexcept { return find_thread_call(attempt_->id()); }
 
   std::uint64_t begin_call(std::int64_t epoch, std::uint32_t batch_size);
-  // Copies `bytes` from `source`. Throws Error(kRingOverflow, kTraceStall), and what
-  // hooks.after_slice() throws.
+  // Copies `bytes` from `source`; `device` is where they lay before somebody took them to the host,
+  // and is only remembered. Throws Error(kRingOverflow, kTraceStall), and what hooks.after_slice()
+  // throws.
   void capture(ThreadCall& call, std::uint32_t column, const char* dtype, const std::int64_t* dims,
-               std::uint32_t ndim, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
+               std::uint32_t ndim, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks,
+               int device = -1);
   // The same for memory of a CUDA device: enqueues copies and waits for none. False, with nothing
   // done, when the device has no such path: copy to the host, then capture(). A lost device loses
   // the call (counted as failed, with a gap) instead of raising: the error is the user's to see.
@@ -98,7 +100,7 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
 
   // Lists a capture and counts its bytes.
   void add_capture(ThreadCall& call, std::uint32_t column, const char* dtype,
-                   const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes);
+                   const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes, int device);
   [[nodiscard]] RecordHeader chunk_header(const ThreadCall& call) const noexcept;
   void count_lost(ThreadCall& call, std::uint64_t rows);
   void let_go();

@@ -171,6 +171,9 @@ TEST(device_capture_reads_back_once_it_has_arrived) {
   });
   CHECK(support::read_back(*trace.recorder, 0) == tensor.content);
   later.join();
+  support::capture(*trace.recorder, 1, "x");
+  CHECK_EQ(trace.recorder->last_call()->captures.at(0).device, 0);
+  CHECK_EQ(trace.recorder->last_call()->captures.at(1).device, -1);
   CHECK(support::end_call(*trace.recorder, 1));
 }
 
@@ -272,14 +275,20 @@ TEST(lost_device_fails_its_calls_and_leaves_the_rest_alone) {
 TEST(call_whose_later_piece_cannot_be_staged_fails_as_a_whole) {
   const Machine machine(9, FAKE_CUDA_WORKER);
   Trace trace(with_fake());
-  const Tensor tensor(new_place(), pattern(1, std::size_t{1} << 20));  // several pieces
+  const Tensor tensor(new_place(1), pattern(1, std::size_t{1} << 20));  // several pieces
   FAKE(fake_cuda_fail)("cuEventRecord", 3, fake_cuda::kNotPermitted, 0);
   trace.recorder->begin_call(0, 1);
   CHECK(capture_device(*trace.recorder, 0, tensor));
   CHECK(!support::end_call(*trace.recorder, 1));
   trace.recorder->begin_call(0, 1);
   CHECK(!capture_device(*trace.recorder, 0, tensor));  // closed: the caller copies synchronously
-  support::capture(*trace.recorder, 0, "by the host");
+  AddressSource copy(reinterpret_cast<const std::byte*>(tensor.content.data()));
+  mld::WaitHooks hooks;
+  const std::int64_t length = 5;
+  trace.recorder->capture(*trace.recorder->current_call(), 0, "uint8", &length, 1, 5, copy, hooks,
+                          tensor.place.device);
+  // Where the tensor lay is remembered whichever way its bytes came.
+  CHECK_EQ(trace.recorder->last_call()->captures.at(0).device, tensor.place.device);
   CHECK(support::end_call(*trace.recorder, 1));
   support::flush(*trace.recorder);
   CHECK_EQ(trace.counters().rows_failed, 1);
