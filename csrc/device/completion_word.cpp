@@ -17,6 +17,7 @@ cuda::Result CompletionWord::take(const cuda::Driver& driver, cuda::Stream strea
   if (code == kSuccess) code = write(driver, stream, 0);
   if (code == cuda::kNotSupported) {
     code = driver.memory_allocate(&counter_, sizeof(std::uint32_t));
+    if (code != kSuccess) counter_ = 0;
     if (code == kSuccess) code = write(driver, stream, 0);
   }
   if (code != kSuccess) {

@@ -68,42 +68,55 @@ bool DevicePath::copy(cuda::Stream compute, cuda::DevicePointer from, std::byte*
 // REQUIRES: mutex_.
 cuda::Result DevicePath::enqueue(cuda::Stream compute, cuda::DevicePointer from, std::byte* to,
                                  std::size_t bytes) noexcept {
-  cuda::Result code = kSuccess;
-  const auto step = [&code](auto function, auto... arguments) {
-    if (code == kSuccess) code = function(arguments...);
-  };
   ring_.retire(word_.landed());
   DeviceRing::Place place;
+  cuda::Result code = kSuccess;
   try {
     code = ring_.find_place(driver_, bytes, &place);
   } catch (const std::bad_alloc&) {
     code = cuda::kOutOfMemory;
   }
-  if (code != kSuccess) return code;
+  if (code == kSuccess) code = snapshot(compute, from, to, bytes, place);
+  if (code == kSuccess && is_broken(StagerMutation::kWordFirst))
+    code = word_.write(driver_, stream_, word_.last() + 1);
+  if (code == kSuccess && place.memory != 0) {
+    const auto source = is_broken(StagerMutation::kNoSnapshot) ? from : place.memory;
+    code = driver_.copy_device_to_host(to, source, bytes, stream_);
+  }
+  return code == kSuccess ? number(place) : code;
+}
+
+// On the compute stream the snapshot, or for want of room the copy itself; on ours the wait for it.
+cuda::Result DevicePath::snapshot(cuda::Stream compute, cuda::DevicePointer from, std::byte* to,
+                                  std::size_t bytes, const DeviceRing::Place& place) noexcept {
   const bool is_direct = place.memory == 0;
   const bool waits = !is_broken(StagerMutation::kNoWait) &&
                      !(is_direct && is_broken(StagerMutation::kNoWaitForDirect));
+  const bool waits_early = is_broken(StagerMutation::kWaitBeforeRecord);
+  cuda::Result code = kSuccess;
+  const auto step = [&code](auto function, auto... arguments) {
+    if (code == kSuccess) code = function(arguments...);
+  };
   if (is_direct) {
     step(driver_.copy_device_to_host, to, from, bytes, compute);
     compute_stream_copies_.fetch_add(1, std::memory_order_relaxed);
   } else if (!is_broken(StagerMutation::kNoSnapshot)) {
     step(driver_.copy_device_to_device, place.memory, from, bytes, compute);
   }
-  if (is_broken(StagerMutation::kWaitBeforeRecord))
-    step(driver_.stream_wait_event, stream_, place.event, 0u);
+  if (waits_early) step(driver_.stream_wait_event, stream_, place.event, 0u);
   if (!is_broken(StagerMutation::kNoRecord)) step(driver_.event_record, place.event, compute);
-  if (waits && !is_broken(StagerMutation::kWaitBeforeRecord))
+  if (waits && !waits_early)
     step(driver_.stream_wait_event, stream_, place.event, 0u);  // INVARIANT 1
+  return code;
+}
+
+// The copy that is enqueued gets its number, and our stream will say it.
+cuda::Result DevicePath::number(const DeviceRing::Place& place) noexcept {
   const std::uint64_t sequence = word_.last() + 1;
-  const auto write_word = [&] { step([&] { return word_.write(driver_, stream_, sequence); }); };
-  if (is_broken(StagerMutation::kWordFirst)) write_word();
-  if (!is_direct)
-    step(driver_.copy_device_to_host, to,
-         is_broken(StagerMutation::kNoSnapshot) ? from : place.memory, bytes, stream_);
-  if (code != kSuccess) return code;
   ring_.add(place, sequence);
   word_.set_last(sequence);
-  if (!is_broken(StagerMutation::kWordFirst)) write_word();
+  if (is_broken(StagerMutation::kWordFirst)) return kSuccess;
+  const cuda::Result code = word_.write(driver_, stream_, sequence);
   if (code != kSuccess) {  // nobody will ever write that number
     word_.set_last(sequence - 1);
     ring_.take_back();
@@ -143,9 +156,8 @@ void DevicePath::probe() noexcept {
   cuda::Result code = kSuccess;
   {
     const DeviceSession session(driver_, context_);
-    if (session.code() != kSuccess)
-      return;  // asked again in a while, as after every answer that
-               // may pass
+    // Asked again in a while, as after every answer that may pass.
+    if (session.code() != kSuccess) return;
     code = driver_.stream_query(stream_);
   }
   // A stream that has nothing left to do and has not written its word never will.

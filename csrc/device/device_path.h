@@ -84,6 +84,9 @@ class DevicePath {
  private:
   [[nodiscard]] cuda::Result enqueue(cuda::Stream compute, cuda::DevicePointer from, std::byte* to,
                                      std::size_t bytes) noexcept;
+  [[nodiscard]] cuda::Result snapshot(cuda::Stream compute, cuda::DevicePointer from, std::byte* to,
+                                      std::size_t bytes, const DeviceRing::Place& place) noexcept;
+  [[nodiscard]] cuda::Result number(const DeviceRing::Place& place) noexcept;
   // `code`, or that of a context that turns out to be lost.
   [[nodiscard]] cuda::Result drain(cuda::Stream compute, cuda::Result code) const noexcept;
 
