@@ -425,8 +425,8 @@ class TorchTracer:
             layer_name: An alias (with ``repeat="all"`` also ``alias.1``, ...).
 
         Returns:
-            A new tensor with the recorded dtype and shape, on the CUDA device where the layer's output lay, else
-            on the CPU.
+            A new tensor with the recorded dtype and shape, on the CUDA device where the layer's output lay,
+            else on the CPU.
 
         Raises:
             NotFoundError: Nothing was captured under that name, or the call was left out or lost.
