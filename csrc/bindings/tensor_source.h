@@ -28,6 +28,8 @@ class TensorSource final : public ByteSource {
   // Address of the bytes: on the device if is_on_device().
   [[nodiscard]] const std::byte* borrow() override;
   [[nodiscard]] bool is_on_device() const noexcept { return place_.device >= 0; }
+  // The CUDA device's index; -1 on the host.
+  [[nodiscard]] int device() const noexcept { return place_.device; }
   // REQUIRES: is_on_device(). The device, and the stream that torch computes on there now.
   [[nodiscard]] DevicePlace place() const;
   // Becomes a CPU copy; waits for the device.

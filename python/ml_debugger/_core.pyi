@@ -87,8 +87,11 @@ class Recorder:
     def capture_buffer(self, column: int, data: Buffer) -> None:
         """Copy bytes into the current call, listed by ``captures`` as dtype ``uint8`` with shape ``(n,)``."""
 
-    def captures(self) -> list[tuple[int, str, tuple[int, ...]]]:
-        """(column, dtype, shape) of the current call's captures; the index is the capture number."""
+    def captures(self) -> list[tuple[int, str, tuple[int, ...], int]]:
+        """(column, dtype, shape, device) of the current call's captures; the index is the capture number.
+
+        ``device`` is the index of the CUDA device where the tensor lay, -1 for the host.
+        """
 
     def end_call(self, description: bytes, rows: int, ground_truth_rows: int) -> bool:
         """Hand the call over with its msgpack description; False if it was discarded or failed (counted)."""

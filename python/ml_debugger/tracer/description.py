@@ -20,15 +20,16 @@ _MISSED_HINT = (
     "tracer was made)"
 )
 
-Capture = tuple[int, str, tuple[int, ...]]
+Capture = tuple[int, str, tuple[int, ...], int]
 
 
 class CapturedColumn(NamedTuple):
-    """Where the last call's values of a column are: capture number, dtype name, shape."""
+    """Where the last call's values of a column are: capture number, dtype name, shape, CUDA device or -1."""
 
     capture: int
     dtype: str
     shape: tuple[int, ...]
+    device: int
 
 
 class CallDescription(NamedTuple):
@@ -127,12 +128,12 @@ class Columns:
         captured = self.captured(captures)
         following = len(captures)
         columns: list[dict[str, Any]] = []
-        if all(column != self.input_id for column, _, _ in captures):
+        if all(column != self.input_id for column, _, _, _ in captures):
             columns.append(_column(FEATURE_TABLE, "input_id", "str", following))
             following += 1
-        for name, (number, dtype, shape) in captured.items():
+        for name, (number, dtype, shape, _) in captured.items():
             columns.append(_tensor(FEATURE_TABLE, name, number, dtype, shape))
-        for number, (column, dtype, shape) in enumerate(captures):
+        for number, (column, dtype, shape, _) in enumerate(captures):
             if column == self.logits:
                 columns.append(_tensor(FEATURE_TABLE, "logits", number, dtype, shape))
             elif column == self.label:

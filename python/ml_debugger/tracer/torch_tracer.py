@@ -43,7 +43,7 @@ from ml_debugger.tracer.layers import Layer, resolve_layers
 from ml_debugger.tracer.names import check_column_name, check_column_names
 from ml_debugger.tracer.outputs import find_logits, iterate_tensors
 from ml_debugger.tracer.retention import Retention
-from ml_debugger.tracer.rows import RowWriter, device_of, tensor_from_bytes
+from ml_debugger.tracer.rows import RowWriter, tensor_from_bytes
 from ml_debugger.tracer.sampling import SampleFilter
 from ml_debugger.tracer.session import TraceSession
 
@@ -140,7 +140,6 @@ class TorchTracer:
             keep_all_runs=self._config.repeat == "all",
             obstacles={layer.alias: layer.obstacle for layer in self._layers},
         )
-        self._modules = {layer.alias: layer.module for layer in self._layers}
 
     def _prepare_calls(self) -> None:
         config = self._config
@@ -341,7 +340,6 @@ class TorchTracer:
 
     def _adopt_head(self, head: Head) -> None:
         head.inputs.clear()
-        self._modules[HEAD_ALIAS] = head.module
         self._hooks.attach_head(self._recorder, 0, HEAD_ALIAS, head)
         self._head_search = None
 
@@ -435,7 +433,8 @@ class TorchTracer:
             layer_name: An alias (with ``repeat="all"`` also ``alias.1``, ...).
 
         Returns:
-            A new tensor with the recorded dtype and shape, on the layer's device.
+            A new tensor with the recorded dtype and shape, on the CUDA device where the layer's output lay,
+            else on the CPU.
 
         Raises:
             NotFoundError: Nothing was captured under that name, or the call was left out or lost.
@@ -447,9 +446,8 @@ class TorchTracer:
                 f"the last call captured nothing for {layer_name!r}; it has {listed}",
                 "name an alias of target_layers, after a call that was recorded",
             )
-        capture, dtype, shape = captured[layer_name]
-        module = self._modules.get(layer_name, self._modules.get(layer_name.rpartition(".")[0]))
-        return tensor_from_bytes(self._recorder.read_back(capture), dtype, shape).to(device_of(module))
+        column = captured[layer_name]
+        return tensor_from_bytes(self._recorder.read_back(column.capture), column)
 
     def _captured_now(self) -> dict[str, CapturedColumn]:
         if self._state.captured is not None:
