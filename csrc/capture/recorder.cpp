@@ -126,7 +126,7 @@ void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& so
     header.payload_bytes = std::min(max_piece, bytes - offset);
     check_budget(call, header.payload_bytes, 0);
     Ring::Slot slot;
-    if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
+    if (!reserve(call, chunk_slot_bytes(header.payload_bytes), &slot, hooks)) return;
     Reservation<std::uint64_t> reservation(runtime.ring(), slot);
     const std::byte* from = source.borrow() + offset;
     std::memcpy(slot.data, &header, sizeof header);
@@ -166,7 +166,7 @@ void Recorder::stage_pieces(ThreadCall& call, std::uint64_t bytes, const DeviceP
     header.payload_bytes = std::min(max_piece, bytes - offset);
     check_budget(call, header.payload_bytes, 0);
     Ring::Slot slot;
-    if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
+    if (!reserve(call, chunk_slot_bytes(header.payload_bytes), &slot, hooks)) return;
     Reservation<std::uint64_t> reservation(runtime.ring(), slot);
     const std::byte* from = source.borrow() + offset;
     const StageResult result = runtime.stager().stage(place, from, slot.data + sizeof header,
