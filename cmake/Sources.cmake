@@ -45,6 +45,7 @@ set(MLD_CORE_TESTS
     partition_failure_test.cpp
     environment_test.cpp
     page_loan_test.cpp
+    slot_copy_test.cpp
     segment_reader_test.cpp
     store_test.cpp
     writer_test.cpp

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "ring/record.h"
+#include "ring/slot_copy.h"
 #include "writer/runtime.h"
 
 namespace mld {
@@ -130,7 +131,7 @@ void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& so
     Reservation<std::uint64_t> reservation(runtime.ring(), slot);
     const std::byte* from = source.borrow() + offset;
     std::memcpy(slot.data, &header, sizeof header);
-    std::memcpy(slot.data + sizeof header, from, header.payload_bytes);
+    copy_to_slot(slot.data + sizeof header, from, header.payload_bytes);
     reservation.publish();
     runtime.note_published();
     call.pieces.push_back({slot.position, header.payload_bytes});
