@@ -30,6 +30,9 @@ set(MLD_CORE_SOURCES
     csrc/writer/writer.cpp
     csrc/writer/runtime.cpp)
 
+# What LMDB itself calls.
+set(MLD_PAGE_LOAN_SOURCES csrc/store/page_loan.cpp)
+
 set(MLD_BINDING_SOURCES
     csrc/bindings/bind_errors.cpp
     csrc/bindings/bind_recorder.cpp
@@ -52,6 +55,8 @@ set(MLD_CORE_TESTS
     partition_test.cpp
     partition_failure_test.cpp
     environment_test.cpp
+    page_loan_test.cpp
+    slot_copy_test.cpp
     segment_reader_test.cpp
     store_test.cpp
     writer_test.cpp

@@ -5,6 +5,7 @@
 
 #include "capture/read_back.h"
 #include "ring/record.h"
+#include "ring/slot_copy.h"
 #include "writer/runtime.h"
 
 namespace mld {
@@ -52,7 +53,7 @@ struct HostWay {
   [[nodiscard]] bool enter() const noexcept { return true; }
   [[nodiscard]] bool copy(const std::byte* from, std::byte* to,
                           const RecordHeader* header) const noexcept {
-    std::memcpy(to, from, header->payload_bytes);
+    copy_to_slot(to, from, header->payload_bytes);
     return true;
   }
 };
@@ -164,7 +165,7 @@ void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, const std::byt
        offset += max_piece) {
     header.payload_bytes = std::min(max_piece, bytes - offset);
     check_budget(call, header.payload_bytes, 0);
-    const std::size_t slot_bytes = sizeof header + header.payload_bytes;
+    const std::size_t slot_bytes = chunk_slot_bytes(header.payload_bytes);
     Ring::Slot slot;
     const bool must_wait = !room_.try_take(call, slot_bytes, &slot);
     if (must_wait) {
