@@ -66,6 +66,7 @@ struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* is_neg = nullptr;  // interned names of methods
   PyObject* is_conj = nullptr;
+  PyObject* graph_task = nullptr;  // function: number of the backward that runs in this thread
 };
 
 bool g_use_exchange_api = true;
@@ -91,6 +92,8 @@ const Torch& torch() {
     result.api = find_exchange_api(tensor);
     result.is_neg = PyUnicode_InternFromString("is_neg");
     result.is_conj = PyUnicode_InternFromString("is_conj");
+    const py::object graph_task = module.attr("_C").attr("_current_graph_task_id");
+    result.graph_task = graph_task.inc_ref().ptr();
     return result;
   }();
   return found;
@@ -136,6 +139,14 @@ bool borrow_raw(py::handle object, dlpack::Tensor* out) noexcept {
 
 bool is_exact_tensor(PyObject* object) noexcept {
   return Py_TYPE(object) == torch().tensor || Py_TYPE(object) == torch().parameter;
+}
+
+bool is_in_backward() {
+  PyObject* task = PyObject_CallNoArgs(torch().graph_task);
+  if (task == nullptr) throw py::error_already_set();
+  const long number = PyLong_AsLong(task);
+  Py_DECREF(task);
+  return number != -1;
 }
 
 std::int64_t first_dimension(PyObject* tensor) noexcept {

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ml_debugger import _core
 from ml_debugger.config import TracerConfig
+from ml_debugger.tracer import compiled
 from ml_debugger.tracer.head import Head
 from ml_debugger.tracer.layers import Layer
 from ml_debugger.tracer.outputs import CallState, OutputPicker
@@ -21,24 +22,48 @@ class HookSet:
         self._config = config
         self._state = state
         self._handles: list[RemovableHandle] = []
+        self._numbers: list[int] = []
         self._removed = False
+        self._is_news_to_compiler = False
 
-    def attach(self, recorder: _core.Recorder, column: int, layer: Layer) -> None:
-        """Capture the output of a layer in every call.
-
-        Compiled models need an effectful operation in place of the plain hook, and checkpointed ones a look
-        at the autograd graph task; both belong here.
-        """
-        picker = self.picker(layer.alias, layer)
-        hook = _core.CaptureHook(recorder, column, picker, always_prepare=picker.always)
-        self._handles.append(layer.module.register_forward_hook(hook))
+    def attach(self, recorder: _core.Recorder, layers: list[Layer]) -> None:
+        """Capture the output of each layer in every call, as the column of its position."""
+        for column, layer in enumerate(layers):
+            picker = self.picker(layer.alias, layer)
+            hook = _core.CaptureHook(recorder, column, picker, always_prepare=picker.always)
+            target = hook
+            if layer.picks:  # compiled code has done that part when it comes to us
+                picker = self.picker(layer.alias)
+                target = _core.CaptureHook(recorder, column, picker, always_prepare=picker.always)
+            self._numbers.append(compiled.connect(hook, layer.alias, layer.picks, target))
+            self._handles.append(layer.module.register_forward_hook(hook))
+        self._is_news_to_compiler = True
+        self.tell_compiler()
 
     def attach_head(self, recorder: _core.Recorder, column: int, alias: str, head: Head) -> None:
         """Capture the input of the head in every call, before the head can change it."""
         hook = _core.CaptureHook(recorder, column, self.picker(alias), always_prepare=True)
         if self._removed:  # by another thread's close() during the call that found the head
             return
+        self._numbers.append(compiled.connect(hook, alias, (), hook))
         self._handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=head.by_keyword))
+        self._is_news_to_compiler = True
+        self._state.is_compiler_ready = False
+        self.tell_compiler()
+
+    def tell_compiler(self) -> None:
+        """See to it that compiled code which the calling thread runs from now on knows the hooks.
+
+        Belongs before each forward: the compiler may have been loaded meanwhile, and each thread of it has
+        its own settings. Nearly free when there is nothing to do.
+        """
+        if self._state.is_compiler_ready or not compiled.is_loaded():
+            return
+        compiled.guards.need(self)
+        if self._is_news_to_compiler:
+            self._is_news_to_compiler = False
+            compiled.forget_compiled_code()
+        self._state.is_compiler_ready = True
 
     def picker(self, alias: str, layer: Layer | None = None) -> OutputPicker:
         """What turns the output of ``alias`` into the tensor to store."""
@@ -56,8 +81,11 @@ class HookSet:
     def remove(self) -> None:
         """Take all hooks away, for good. Idempotent."""
         self._removed = True
+        while self._numbers:
+            compiled.disconnect(self._numbers.pop())
         while self._handles:
             self._handles.pop().remove()
+        compiled.guards.release(self)
 
 
 def warn_about_fused_layers(model: torch.nn.Module, layers: list[Layer]) -> None:
