@@ -128,6 +128,7 @@ class CaptureHook:
     alias: str
     number: int
     picks: tuple[int | str, ...]
+    target: CaptureHook
 
     def __new__(
         cls, recorder: Recorder, column: int, prepare: Callable[[Any], Any], *, always_prepare: bool = False

@@ -1,4 +1,4 @@
-"""Hooks under `torch.compile`: what the compiler makes of one, and how compiled code learns that there is one.
+"""Hooks under `torch.compile`: what the compiler makes of one, and how compiled code learns of it.
 
 The compiler inlines forward hooks into its graph. The C function of a `CaptureHook` it cannot read, so the
 type shows it `_traced_call`, which comes down to one operator with an ordered effect: it is neither dropped
@@ -8,17 +8,20 @@ An operator takes no objects, so a hook goes into the graph as its number. Numbe
 graph that outlives its tracer finds nothing under it, and does nothing.
 
 By default compiled code does not look whether a module has hooks: code from before a hook, and code of an
-unhooked module of the same class, run in place of the hooked one. `Guards` sees to both.
+unhooked module of the same class, run in place of the hooked one. `forget_compiled_code` sees to the first,
+`settings` to the second.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,7 +31,8 @@ from ml_debugger.tracer.outputs import PathKey, iterate_tensors, pick
 
 _COMPILER = "torch._dynamo"
 _numbers = itertools.count()
-_targets: dict[int, _core.CaptureHook] = {}
+# Weak: a hook lives as long as it is attached, and what a user's reduction refers to is collected as ever.
+_targets: weakref.WeakValueDictionary[int, _core.CaptureHook] = weakref.WeakValueDictionary()
 # Missing before torch 2.7; there an exported program keeps the operator.
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -46,8 +50,8 @@ def _capture(tensors: list[torch.Tensor], hook: int) -> None:
         target(None, (), tensors[0] if len(tensors) == 1 else tensors)
 
 
-def _define_operator() -> torch.library.Library:
-    library = torch.library.Library("ml_debugger", "FRAGMENT")
+def _define_operator() -> Any:
+    library: Any = torch.library.Library("ml_debugger", "FRAGMENT")  # type: ignore[no-untyped-call]
     # CUDA graphs replay kernels, not what we do on the host.
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
     library.define("capture(Tensor[] tensors, int hook) -> ()", tags=() if tag is None else (tag,))
@@ -58,8 +62,7 @@ def _define_operator() -> torch.library.Library:
 
 
 def _make_effectful(operator: Any) -> None:
-    from torch._higher_order_ops import effects
-
+    effects: Any = importlib.import_module("torch._higher_order_ops.effects")
     if hasattr(effects, "_register_effectful_op"):
         effects._register_effectful_op(operator, effects._EffectType.ORDERED)
     else:  # torch 2.4; without it the operator is dropped, and the tracer reports a layer that did not run
@@ -84,8 +87,8 @@ def _traced_call(hook: _core.CaptureHook, module: Any, arguments: Any, *output: 
 
 def _refuse_name(hook: _core.CaptureHook) -> str:
     raise _NoNameError(
-        f"the layer of alias {hook.alias!r} is watched by a tracer, whose hook has no name and no TorchScript",
-        "script the model first and trace the scripted one, or script a copy.deepcopy() of it after close()",
+        f"torch.jit.script cannot take in the hook of a tracer, which watches the layer {hook.alias!r}",
+        "script the model before the tracer is made or after its close()",
     )
 
 
@@ -94,21 +97,12 @@ _core.CaptureHook.extend({"__call__": _traced_call, "__name__": property(_refuse
 
 def connect(
     hook: _core.CaptureHook, alias: str, picks: tuple[PathKey, ...], target: _core.CaptureHook
-) -> int:
-    """Make compiled code that meets ``hook`` hand what is picked from the output to ``target``.
-
-    Returns:
-        The number to `disconnect`.
-    """
-    number = next(_numbers)
-    hook.alias, hook.picks, hook.number = alias, picks, number
-    _targets[number] = target
-    return number
-
-
-def disconnect(number: int) -> None:
-    """Make code that was compiled for a hook do nothing."""
-    _targets.pop(number, None)
+) -> None:
+    """Make compiled code that meets ``hook`` hand what is picked from the output to ``target``."""
+    hook.alias, hook.picks, hook.number = alias, picks, next(_numbers)
+    if target is not hook:
+        hook.target = target  # lives as long
+    _targets[hook.number] = target
 
 
 # The compiler.
@@ -135,43 +129,47 @@ def forget_compiled_code() -> None:
                 reset_code(code)
 
 
-class Guards:
-    """Makes compiled code look whether modules have hooks, while somebody needs it.
+class CompilerSettings:
+    """Settings of the compiler that hold while somebody needs them; the last one to let go restores them.
 
-    This is the compiler's own setting ``skip_nnmodule_hook_guards``; recent versions keep it for each thread.
+    Recent versions of torch keep them for each thread, so each thread says that it needs them.
     """
+
+    # Guards: compiled code looks whether a module has hooks.
+    # DDP: the optimizer that cuts the graph of a DDP model at its gradient buckets takes the token of an
+    # effect for the graph's first output (torch 2.13), and the next piece does not compile.
+    _WANTED: ClassVar = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False}
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._needed_by: set[int] = set()
-        self._skipped_before = False
+        self._before: dict[str, Any] = {}
 
     def need(self, owner: object) -> None:
-        """Switch the guards on for what the calling thread compiles, until all owners are through."""
-        config = _dynamo_config()
+        """Make them hold for what the calling thread compiles."""
+        import torch._dynamo.config
+
+        config: Any = torch._dynamo.config
         with self._lock:
+            present = [name for name in self._WANTED if hasattr(config, name)]
             if not self._needed_by:
-                self._skipped_before = config.skip_nnmodule_hook_guards
+                self._before = {name: getattr(config, name) for name in present}
             self._needed_by.add(id(owner))
-            config.skip_nnmodule_hook_guards = False
+            for name in present:
+                setattr(config, name, self._WANTED[name])
 
     def release(self, owner: object) -> None:
-        """Take one owner's need back; the last one restores the setting. Idempotent."""
+        """Take one owner's need back. Idempotent."""
         with self._lock:
             if id(owner) not in self._needed_by:
                 return
             self._needed_by.discard(id(owner))
-            if not self._needed_by and self._skipped_before:
-                _dynamo_config().skip_nnmodule_hook_guards = True
+            if not self._needed_by:
+                for name, value in self._before.items():
+                    setattr(torch._dynamo.config, name, value)
 
 
-guards = Guards()
-
-
-def _dynamo_config() -> Any:
-    import torch._dynamo.config
-
-    return torch._dynamo.config
+settings = CompilerSettings()
 
 
 _eager_lock = threading.RLock()

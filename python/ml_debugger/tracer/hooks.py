@@ -22,12 +22,14 @@ class HookSet:
         self._config = config
         self._state = state
         self._handles: list[RemovableHandle] = []
-        self._numbers: list[int] = []
         self._removed = False
-        self._is_news_to_compiler = False
+        self._knows_compiler = False
 
     def attach(self, recorder: _core.Recorder, layers: list[Layer]) -> None:
-        """Capture the output of each layer in every call, as the column of its position."""
+        """Capture the output of each layer in every call, as the column of its position.
+
+        To be called with no layers too: code compiled from now on will look for hooks that come later.
+        """
         for column, layer in enumerate(layers):
             picker = self.picker(layer.alias, layer)
             hook = _core.CaptureHook(recorder, column, picker, always_prepare=picker.always)
@@ -35,9 +37,8 @@ class HookSet:
             if layer.picks:  # compiled code has done that part when it comes to us
                 picker = self.picker(layer.alias)
                 target = _core.CaptureHook(recorder, column, picker, always_prepare=picker.always)
-            self._numbers.append(compiled.connect(hook, layer.alias, layer.picks, target))
+            compiled.connect(hook, layer.alias, layer.picks, target)
             self._handles.append(layer.module.register_forward_hook(hook))
-        self._is_news_to_compiler = True
         self.tell_compiler()
 
     def attach_head(self, recorder: _core.Recorder, column: int, alias: str, head: Head) -> None:
@@ -45,11 +46,8 @@ class HookSet:
         hook = _core.CaptureHook(recorder, column, self.picker(alias), always_prepare=True)
         if self._removed:  # by another thread's close() during the call that found the head
             return
-        self._numbers.append(compiled.connect(hook, alias, (), hook))
+        compiled.connect(hook, alias, (), hook)
         self._handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=head.by_keyword))
-        self._is_news_to_compiler = True
-        self._state.is_compiler_ready = False
-        self.tell_compiler()
 
     def tell_compiler(self) -> None:
         """See to it that compiled code which the calling thread runs from now on knows the hooks.
@@ -59,9 +57,9 @@ class HookSet:
         """
         if self._state.is_compiler_ready or not compiled.is_loaded():
             return
-        compiled.guards.need(self)
-        if self._is_news_to_compiler:
-            self._is_news_to_compiler = False
+        compiled.settings.need(self)
+        if not self._knows_compiler:
+            self._knows_compiler = True
             compiled.forget_compiled_code()
         self._state.is_compiler_ready = True
 
@@ -81,11 +79,9 @@ class HookSet:
     def remove(self) -> None:
         """Take all hooks away, for good. Idempotent."""
         self._removed = True
-        while self._numbers:
-            compiled.disconnect(self._numbers.pop())
         while self._handles:
             self._handles.pop().remove()
-        compiled.guards.release(self)
+        compiled.settings.release(self)
 
 
 def warn_about_fused_layers(model: torch.nn.Module, layers: list[Layer]) -> None:
