@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import sys
 import threading
 import weakref
@@ -119,8 +120,8 @@ def forget_compiled_code() -> None:
     from torch._dynamo import convert_frame
 
     reset_code = getattr(torch._dynamo, "reset_code", None)
-    if reset_code is None:
-        torch._dynamo.reset()
+    if reset_code is None or not hasattr(convert_frame, "output_codes"):
+        torch._dynamo.reset()  # which also forgets what it has learnt about dynamic shapes
         return
     with convert_frame.compile_lock:
         for reference in (*convert_frame.input_codes.seen, *convert_frame.output_codes.seen):
@@ -170,9 +171,16 @@ class CompilerSettings:
 
 
 settings = CompilerSettings()
-
-
 _eager_lock = threading.RLock()
+
+
+def _forget_inherited() -> None:
+    """In a forked child: the locks may be held by threads that do not exist here."""
+    global settings, _eager_lock
+    settings, _eager_lock = CompilerSettings(), threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)
 
 
 @contextmanager

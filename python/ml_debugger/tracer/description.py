@@ -16,7 +16,7 @@ GROUND_TRUTH_TABLE = "ground_truth"
 _CACHED_DESCRIPTIONS = 256
 _MISSED_HINT = (
     "trace only modules that every forward runs through their __call__ (not .forward(), a fused path, a "
-    "replica in another thread, or code compiled before the tracer was made)"
+    "replica in another thread, inside of TorchScript, in code compiled ahead of time, or in a backward)"
 )
 
 Capture = tuple[int, str, tuple[int, ...]]
