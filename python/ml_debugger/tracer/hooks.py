@@ -55,7 +55,7 @@ class HookSet:
         Belongs before each forward: the compiler may have been loaded meanwhile, and each thread of it has
         its own settings. Nearly free when there is nothing to do.
         """
-        if self._state.is_compiler_ready or not compiled.is_loaded():
+        if self._state.is_compiler_ready or self._removed or not compiled.is_loaded():
             return
         compiled.settings.need(self)
         if not self._knows_compiler:
