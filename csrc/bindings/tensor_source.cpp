@@ -69,6 +69,7 @@ struct Torch {
   PyObject* int8 = nullptr;
   PyObject* uint8 = nullptr;
   PyObject* count_modes = nullptr;  // function: how many TorchDispatchModes are active
+  PyObject* graph_task = nullptr;  // function: number of the backward that runs in this thread
 };
 
 bool g_use_exchange_api = true;
@@ -99,6 +100,8 @@ const Torch& torch() {
     result.uint8 = py::object(module.attr("uint8")).release().ptr();
     result.count_modes =
         py::object(module.attr("_C").attr("_len_torch_dispatch_stack")).release().ptr();
+    const py::object graph_task = module.attr("_C").attr("_current_graph_task_id");
+    result.graph_task = graph_task.inc_ref().ptr();
     return result;
   }();
   return found;
@@ -165,6 +168,14 @@ bool borrow_raw(py::handle object, dlpack::Tensor* out) noexcept {
 
 bool is_exact_tensor(PyObject* object) noexcept {
   return Py_TYPE(object) == torch().tensor || Py_TYPE(object) == torch().parameter;
+}
+
+bool is_in_backward() {
+  PyObject* task = PyObject_CallNoArgs(torch().graph_task);
+  if (task == nullptr) throw py::error_already_set();
+  const long number = PyLong_AsLong(task);
+  Py_DECREF(task);
+  return number != -1;
 }
 
 std::int64_t first_dimension(PyObject* tensor) noexcept {

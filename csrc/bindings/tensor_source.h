@@ -50,6 +50,10 @@ class TensorSource final : public ByteSource {
 // Size of the first dimension; -1 for a scalar and for what cannot be stored as it stands.
 [[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
 
+// Whether the calling thread runs inside autograd's backward, where activation checkpointing
+// computes layers anew.
+[[nodiscard]] bool is_in_backward();
+
 // Imports torch and looks up what we need of it. At import, since two hooks that met in it first
 // could deadlock: one in the import without the GIL, one with the GIL waiting for the first.
 void look_up_torch();

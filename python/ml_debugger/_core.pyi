@@ -122,7 +122,16 @@ class Recorder:
 
 @final
 class CaptureHook:
-    """Forward hook of one column: copies the layer's output into the calling thread's call, if it has one."""
+    """Forward hook of one column: copies the layer's output into the calling thread's call, if it has one.
+
+    Does nothing inside of a backward, where activation checkpointing runs layers again.
+    """
+
+    # Set by tracer/compiled.py.
+    alias: str
+    number: int
+    picks: tuple[int | str, ...]
+    target: CaptureHook
 
     def __new__(
         cls, recorder: Recorder, column: int, prepare: Callable[[Any], Any], *, always_prepare: bool = False
@@ -133,6 +142,10 @@ class CaptureHook:
         """
 
     def __call__(self, module: Any, args: Any, output: Any = ...) -> None: ...
+    @classmethod
+    def extend(cls, attributes: dict[str, Any], /) -> None:
+        """Set attributes of the type and leave its slots: ``__call__`` as others see it, not as it runs."""
+
     def __copy__(self) -> Callable[..., None]: ...
     def __deepcopy__(self, memo: object, /) -> Callable[..., None]: ...
 

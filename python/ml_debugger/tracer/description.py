@@ -16,8 +16,8 @@ GROUND_TRUTH_TABLE = "ground_truth"
 _CACHED_DESCRIPTIONS = 256
 _MISSED_HINT = (
     "trace only modules that every forward runs through their __call__ in the calling thread (not skipped by "
-    "a branch, not run as .forward(), in a fused path, in another thread, or by code compiled before the "
-    "tracer was made)"
+    "a branch, not run as .forward(), in a fused path, in another thread, inside of TorchScript, in code "
+    "compiled ahead of time, or in a backward)"
 )
 
 Capture = tuple[int, str, tuple[int, ...], int]

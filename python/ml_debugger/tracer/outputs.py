@@ -41,10 +41,12 @@ class CallState(threading.local):
     Attributes:
         batch_size: Samples in the call; 0 when there is none.
         rows: Positions of the samples to keep; None keeps all.
+        is_compiler_ready: Whether code that this thread compiles knows of the hooks.
     """
 
     batch_size: int = 0
     rows: list[int] | None = None
+    is_compiler_ready: bool = False
 
 
 class OutputPicker:
@@ -108,7 +110,7 @@ class OutputPicker:
 
     def _find(self, output: Any) -> torch.Tensor:
         for key in self._picks:
-            output = _pick(output, key, self._alias)
+            output = pick(output, key, self._alias)
         batch_size = self._state.batch_size
         others = []
         for tensor in iterate_tensors(output):
@@ -367,8 +369,12 @@ def _shape_of(tensor: torch.Tensor) -> tuple[int, ...] | str:
     return "nested" if tensor.is_nested else tuple(tensor.shape)
 
 
-def _pick(output: Any, key: PathKey, alias: str) -> Any:
-    """One ``[key]`` of a layer path."""
+def pick(output: Any, key: PathKey, alias: str) -> Any:
+    """One ``[key]`` of a layer path.
+
+    Raises:
+        InvalidInputError: The output has no such entry.
+    """
     try:
         if isinstance(output, torch.Tensor):
             raise TypeError

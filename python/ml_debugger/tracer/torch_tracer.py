@@ -22,6 +22,7 @@ from ml_debugger.errors import (
 )
 from ml_debugger.stats import TracerStats
 from ml_debugger.store.layout import VersionInfo, check_name
+from ml_debugger.tracer import compiled
 from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, parse_values
 from ml_debugger.tracer.description import CapturedColumn, Columns
 from ml_debugger.tracer.fields import FieldValue, parse_fields
@@ -175,8 +176,7 @@ class TorchTracer:
         # A tracer that is dropped without close() loses nothing, and leaves no hooks behind.
         self._finalizer = weakref.finalize(self, _release, session, self._hooks)
         self._finalizer.atexit = False
-        for column, layer in enumerate(self._layers):
-            self._hooks.attach(self._recorder, column, layer)
+        self._hooks.attach(self._recorder, self._layers)
 
     def _new_head_search(self) -> HeadSearch:
         return HeadSearch(self._model, self._state, (self._config.batch_dim or {}).get(HEAD_ALIAS, 0))
@@ -290,6 +290,7 @@ class TorchTracer:
             # next call.
             state.call, state.batch_size, state.rows = call, call.batch_size, call.rows
             recorder.begin_call(call.epoch, call.batch_size)
+            self._hooks.tell_compiler()
             if search is None:
                 output = self._forward(model_input)
             else:
@@ -323,7 +324,7 @@ class TorchTracer:
         return output
 
     def _forward_and_find_head(self, search: HeadSearch, model_input: Any, call: TracedCall) -> Any:
-        with search.watching():
+        with search.watching(), compiled.run_eagerly(self._model):
             output = self._forward(model_input)
         logits = find_logits(output, call.batch_size, self._logits_dim)
         if logits is None:
