@@ -1,4 +1,4 @@
-"""CUDA graphs: captured beside a recording thread; a call under capture is refused; replays record nothing."""
+"""CUDA graphs: captured beside a recording thread, refused to a tracer, and replayed without a record."""
 
 from __future__ import annotations
 
