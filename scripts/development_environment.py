@@ -254,12 +254,12 @@ def make_environment() -> None:
         raise
 
 
-def build_requirements() -> list[str]:
-    """What pyproject.toml wants for a build."""
+def requirements(key: str) -> list[str]:
+    """The list of requirements that pyproject.toml has under ``key``."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    match = re.search(r"^requires = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
+    match = re.search(rf"^{key} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
     if match is None:
-        raise SetupError("pyproject.toml has no build-system.requires.")
+        raise SetupError(f"pyproject.toml has no list {key}.")
     return [str(requirement) for requirement in ast.literal_eval(match[1])]
 
 
@@ -292,27 +292,32 @@ def install_programs(purpose: str) -> None:
         pip_install("--ignore-installed", "--no-deps", *missing)
 
 
-def extras(purpose: str) -> str:
-    """Which extras of pyproject.toml are installed: offline, plots only if the folder can make them."""
-    if purpose == "dev":
-        return "dev"
+def gpu_requirements() -> list[str]:
+    """What the words of a GPU import, without torch: it is there, and its own needs are none of ours."""
+    packages = [name for name in requirements("dependencies") if not name.startswith("torch")]
+    packages += requirements("tests")
     folder = wheel_folder()
-    has_plots = folder is None or any(folder.glob("matplotlib-*.whl"))
-    return "tests,benchmark" if has_plots else "tests"
+    if folder is None or any(folder.glob("matplotlib-*.whl")):  # offline, plots are a wish
+        packages += requirements("benchmark")
+    return packages
 
 
 def install_editable(purpose: str, *, dependencies: bool) -> None:
     """Build the extension in build/ and install the checkout so that edits of Python files count at once."""
+    what = [".", "--no-deps"]
     if dependencies:
         say("installing the build tools")
         install_programs(purpose)
-        pip_install(*build_requirements())
+        pip_install(*requirements("requires"))
+        if purpose == "gpu":
+            pip_install(*gpu_requirements())
+        else:
+            what = [".[dev]"]
     say("building ml_debugger and installing it into .venv")
     # A folder of wheels may hold the archive too; its hash is checked either way.
     cache = wheel_folder() or BUILD / "lmdb"
     defines = {"MLD_WERROR": "ON", "MLD_LMDB_CACHE": str(cache)}
     settings = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
-    what = [f".[{extras(purpose)}]"] if dependencies else [".", "--no-deps"]
     remedy = "The compiler or CMake says above what is wrong; `make clean` starts a build from nothing."
     pip_install("--no-build-isolation", *settings, "--editable", *what, remedy=remedy)
 
