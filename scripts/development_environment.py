@@ -316,7 +316,8 @@ def install_editable(purpose: str, *, dependencies: bool) -> None:
     say("building ml_debugger and installing it into .venv")
     # A folder of wheels may hold the archive too; its hash is checked either way.
     cache = wheel_folder() or BUILD / "lmdb"
-    defines = {"MLD_WERROR": "ON", "MLD_LMDB_CACHE": str(cache)}
+    # The compiler of a machine with a GPU may be newer than ours and warn of more.
+    defines = {"MLD_WERROR": "OFF" if purpose == "gpu" else "ON", "MLD_LMDB_CACHE": str(cache)}
     settings = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
     remedy = "The compiler or CMake says above what is wrong; `make clean` starts a build from nothing."
     pip_install("--no-build-isolation", *settings, "--editable", *what, remedy=remedy)

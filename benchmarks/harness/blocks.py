@@ -1,8 +1,8 @@
 """Two or more ways to do the same steps, timed side by side in one process.
 
 Steps are timed in *blocks* of one way (an *arm*), the drain inside: single alternating steps would hide the
-work that one of them leaves behind in the time of the next. The blocks of a round come in random order, and arms
-are compared within a round, so that what drifts (clocks, a noisy neighbour) meets all of them alike.
+work that one of them leaves behind in the time of the next. The blocks of a round come in random order, and
+arms are compared within a round, so that what drifts (clocks, a neighbour) meets all of them alike.
 """
 
 from __future__ import annotations
