@@ -7,6 +7,7 @@ measures nothing about a GPU, says so in the results, and its exit status is nev
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -83,6 +84,9 @@ def run(options: argparse.Namespace) -> int:
         finally:
             for folder in (memory_dir, disk_dir):
                 shutil.rmtree(folder, ignore_errors=True)
+            gc.collect()  # models and their hooks refer to each other
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         for bar in findings.bars:
             between = "" if bar.low is None else f"  [{bar.low:.4g}, {bar.high:.4g}]"
             print(f"  {bar.label:<55} {bar.value:.4g}{between} {findings.unit}")

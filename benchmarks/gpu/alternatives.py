@@ -12,6 +12,7 @@ Excluded: writing anything in the arms beside the tracer; loading data.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -118,6 +119,9 @@ def measure(setting: Setting) -> Findings:
     try:
         for number, workload in enumerate(workloads(setting)):
             samples[workload.name], summary[workload.name] = time_workload(setting, workload, f"alt-{number}")
+            gc.collect()  # models and their hooks refer to each other
+            if setting.device.type == "cuda":
+                torch.cuda.empty_cache()
             for arm in ARMS:
                 ratio = summary[workload.name][arm]["ratio"]
                 bars.append(Bar(f"{workload.name}, {arm}", ratio.median, ratio.low, ratio.high))

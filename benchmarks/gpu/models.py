@@ -80,7 +80,7 @@ class Trainer:
         amp: Whether the forward runs under bfloat16 autocast.
     """
 
-    def __init__(self, model: nn.Module, inputs: list[torch.Tensor], *, classes: int, amp: bool) -> None:
+    def __init__(self, model: ResNet | Mlp, inputs: list[torch.Tensor], *, classes: int, amp: bool) -> None:
         self.model = model
         self.inputs = inputs
         device = inputs[0].device

@@ -17,6 +17,7 @@ ring), reading back. CPU seconds hold the spinning of torch's own waits for the 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class Workload:
 def make_resnet(setting: Setting, batch_size: int, side: int) -> Trainer:
     """Images of ``side`` x ``side`` pixels."""
     model = ResNet((1, 1), 8) if setting.is_quick else ResNet()
-    model = model.to(setting.device, memory_format=torch.channels_last)
+    model = model.to(setting.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shape = (batch_size, 3, side, side)
     inputs = [
         values.contiguous(memory_format=torch.channels_last) for values in random_batches(setting, 2, shape)
@@ -144,6 +145,7 @@ def measure(setting: Setting) -> Findings:
             for where in ("tmpfs", "disk"):
                 ratio = summary[workload.name][where]["ratio"]
                 bars.append(Bar(f"{workload.name}, {where}", ratio.median, ratio.low, ratio.high))
+            gc.collect()  # models and their hooks refer to each other
             if setting.device.type == "cuda":
                 torch.cuda.empty_cache()
     finally:
@@ -200,8 +202,8 @@ def time_workload(setting: Setting, workload: Workload, version: str) -> tuple[l
 def share_batches(trainer: Trainer) -> Trainer:
     """Another trainer with a copy of the model, over the same batches."""
     classes = trainer.model.fc.out_features
-    is_conv = isinstance(trainer.model, ResNet)
-    return Trainer(copy.deepcopy(trainer.model), trainer.inputs, classes=classes, amp=is_conv)
+    model = copy.deepcopy(trainer.model)
+    return Trainer(model, trainer.inputs, classes=classes, amp=isinstance(model, ResNet))
 
 
 def run_checked_steps(trainer: Trainer, arm: Arm) -> dict[str, list[torch.Tensor]]:
