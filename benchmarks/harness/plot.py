@@ -25,7 +25,9 @@ def draw_bars(path: Path, title: str, unit: str, bars: list[Bar], target: float 
     upper = [(bar.value if bar.high is None else bar.high) - bar.value for bar in bars]
     axes.barh([bar.label for bar in bars], values, xerr=[lower, upper], color="#4878a8", ecolor="#222222")
     for position, value in enumerate(values):
-        axes.annotate(f" {value:.4g}", (0, position), color="white", va="center")
+        end = value + max(upper[position], 0)
+        axes.annotate(f"{value:.4g}", (end, position), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.15)
     if target is not None:
         axes.axvline(target, color="#b03030", linestyle="--")
     axes.invert_yaxis()
