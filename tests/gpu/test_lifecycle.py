@@ -125,10 +125,10 @@ def test_compute_sanitizer_finds_nothing() -> None:
     try:
         # Without torch's cache every tensor is an allocation of its own, whose bounds the sanitizer knows.
         done = run_program(
-            "record_and_check.py", "cuda", prefix=command, timeout_s=240, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+            "record_and_check.py", "cuda", prefix=command, timeout_s=150, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
         )
     except subprocess.TimeoutExpired:
-        pytest.skip("compute-sanitizer did not end within 240 s on this machine")
+        pytest.skip("compute-sanitizer did not end within 150 s on this machine")
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this GPU or machine")
     assert "exact" in done.stdout, done.stdout + done.stderr
