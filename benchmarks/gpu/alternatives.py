@@ -24,6 +24,7 @@ from benchmarks.gpu.step_time import (
     Workload,
     check_stored,
     depth_for_small_steps,
+    described,
     make_mlp,
     make_resnet,
     run_checked_steps,
@@ -162,7 +163,7 @@ def time_workload(setting: Setting, workload: Workload, version: str) -> tuple[l
         for copies in (waiting_copies, blocking_copies):
             copies.check()
     summary: dict[str, Any] = {
-        "rounds": rounds,
+        **described(workload, untraced, rounds),
         "untraced": {"step_s": step_seconds(blocks, "untraced")},
     }
     for arm_name in ARMS:

@@ -63,13 +63,16 @@ def losses_of(tracer: ClassificationTracer) -> dict[str, Any]:
 
 
 def check_nothing_lost(losses: Mapping[str, Any], what: str) -> None:
-    """Every row is committed.
+    """Every row is committed, and came by the path that is to be measured.
 
     Raises:
-        WrongDataError: Rows were lost.
+        WrongDataError: Rows were lost, or copies from the device waited on the host.
     """
     if losses["rows_submitted"] != losses["rows_committed"]:
         raise WrongDataError(f"{what} lost rows: {losses}")
+    device = losses["device"]
+    if device["errors"] or device["synchronous_copies"] or (device["copies"] and not device["pinned"]):
+        raise WrongDataError(f"{what}: the copies from the device were not asynchronous: {device}")
 
 
 def check_equal(stored: Any, expected: torch.Tensor, what: str) -> None:

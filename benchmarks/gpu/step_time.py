@@ -174,7 +174,7 @@ def time_workload(setting: Setting, workload: Workload, version: str) -> tuple[l
         rounds = rounds_within(workload.budget_s, len(arms), step_s * workload.steps, least=4, most=30)
         blocks = run_blocks(arms, rounds=rounds, steps=workload.steps, seed=setting.seed)
         summary: dict[str, Any] = {
-            "rounds": rounds,
+            **described(workload, untraced, rounds),
             "untraced": {
                 "step_s": step_seconds(blocks, "untraced"),
                 "cpu_s_a_step": step_seconds(blocks, "untraced", cpu=True),
@@ -197,6 +197,15 @@ def time_workload(setting: Setting, workload: Workload, version: str) -> tuple[l
             tracer.close()
             settings.empty_folder(folders[where])
     return blocks, summary
+
+
+def described(workload: Workload, trainer: Trainer, rounds: int) -> dict[str, Any]:
+    return {
+        "rounds": rounds,
+        "steps_a_block": workload.steps,
+        "input_shape": list(trainer.inputs[0].shape),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+    }
 
 
 def share_batches(trainer: Trainer) -> Trainer:
