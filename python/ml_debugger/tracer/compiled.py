@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 
 from ml_debugger import _core
-from ml_debugger.errors import InvalidInputError, LayerNotFoundError
+from ml_debugger.errors import InvalidInputError
 from ml_debugger.tracer.outputs import PathKey, iterate_tensors, pick
 
 _COMPILER = "torch._dynamo"
@@ -184,21 +184,10 @@ os.register_at_fork(after_in_child=_forget_inherited)
 
 
 @contextmanager
-def run_eagerly(model: torch.nn.Module) -> Iterator[None]:
-    """Run what is inside without compiled code, in all threads of the process.
-
-    Raises:
-        LayerNotFoundError: ``model`` is compiled, and this torch (before 2.6) cannot do that.
-    """
+def run_eagerly() -> Iterator[None]:
+    """Run what is inside without compiled code, in all threads of the process; needs torch 2.6."""
     set_stance = getattr(torch.compiler, "set_stance", None)
-    if not is_loaded():
-        yield
-    elif set_stance is None:
-        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
-            raise LayerNotFoundError(
-                f"the head of a compiled model cannot be looked for with torch {torch.__version__}",
-                'name the layer to record: target_layers={"features": "<module path>"}',
-            )
+    if set_stance is None or not is_loaded():
         yield
     else:
         with _eager_lock, set_stance("force_eager"):

@@ -307,7 +307,8 @@ def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     with torch._C.DisableTorchFunction():
         if type(tensor) is not torch.Tensor and hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
-            return [storage for name in names for storage in _storages(getattr(tensor, name))]
+            parts = [getattr(tensor, name) for name in names]  # of DTensor also its mesh
+            return [storage for part in parts if isinstance(part, torch.Tensor) for storage in _storages(part)]
         try:
             return [tensor.untyped_storage()]
         except (RuntimeError, NotImplementedError):

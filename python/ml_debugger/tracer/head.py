@@ -11,16 +11,16 @@ temperature or a norm, is none. Later calls pay nothing.
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from ml_debugger.errors import LayerNotFoundError
+from ml_debugger.tracer.compiled import run_eagerly
 from ml_debugger.tracer.data_flow import UNKNOWN, DataFlow, Run
 from ml_debugger.tracer.flat_parameters import original_parameters
 from ml_debugger.tracer.layers import strip_wrappers
@@ -101,7 +101,7 @@ class HeadSearch:
                         watches.enter_context(self._around_forward(path, module))
                     else:
                         self._hook(path, module, watches)
-                with _uncompiled(), flow:
+                with run_eagerly(), flow:
                     yield
         except BaseException:
             self._forget()  # a failed forward must not keep its tensors alive
@@ -292,15 +292,6 @@ def _has_classes(run: Run, logits: torch.Tensor) -> bool:
     if len(classes) < 2:
         return torch.Size(shape).numel() == torch.Size(classes).numel()
     return len(shape) >= 2 and classes[-1] in (shape[-1], shape[1])
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Let compiled code run as it is written; `HeadSearch` refuses it where torch lacks this."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    # The import is slow, and before it nothing is compiled.
-    if set_stance is None or "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return cast("contextlib.AbstractContextManager[Any]", set_stance("force_eager"))
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

@@ -22,7 +22,6 @@ from ml_debugger.errors import (
 )
 from ml_debugger.stats import TracerStats
 from ml_debugger.store.layout import VersionInfo, check_name
-from ml_debugger.tracer import compiled
 from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, parse_values
 from ml_debugger.tracer.description import CapturedColumn, Columns
 from ml_debugger.tracer.fields import FieldValue, parse_fields
@@ -324,7 +323,7 @@ class TorchTracer:
         return output
 
     def _forward_and_find_head(self, search: HeadSearch, model_input: Any, call: TracedCall) -> Any:
-        with search.watching(), compiled.run_eagerly(self._model):
+        with search.watching():
             output = self._forward(model_input)
         logits = find_logits(output, call.batch_size, self._logits_dim)
         if logits is None:
