@@ -91,12 +91,22 @@ def test_a_process_ends_within_close_timeout_when_the_disk_hangs(run_child: Any,
 
 FORKS = """
 import faulthandler, os, random, threading, time
-from contract_models import Net, batch, check_law, rows_of
+import torch
+from contract_models import batch, check_law, rows_of
 from ml_debugger import TracerConfig
 from ml_debugger.training import ClassificationTracer
 
+# No matrix product: the libraries behind it take locks, and a fork may inherit one that is held.
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Tanh()
+
+    def forward(self, x):
+        return self.body(x)[:, :3] * 2
+
 random.seed(7)
-model = Net()
+model = Model()
 config = TracerConfig(commit_interval_s=0.005)
 tracer = ClassificationTracer(model, "net", "v1", {"hidden": "body"}, config=config)
 stop, counts = False, [0, 0]
