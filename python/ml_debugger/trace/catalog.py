@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,17 @@ _Result = TypeVar("_Result")
 
 class VanishedError(NotFoundError):
     """What was being read has been dropped."""
+
+
+# (rank, epoch, attempt, sequence)
+SegmentKey: TypeAlias = tuple[int, int, int, int]
+
+
+class SegmentLookup(Protocol):
+    """Knows where the pieces of calls lie."""
+
+    def segment(self, call: Call, sequence: int) -> SegmentRef:
+        """The segment that holds a piece of a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +199,8 @@ class Snapshot:
         """
         self.gaps: list[Gap] = []
         self.ranks: list[RankSummary] = []
-        self._segments: dict[tuple[int, int, int, int], SegmentRef] = {}
-        self._torn: set[tuple[int, int, int, int]] = set()
+        self.segments: dict[SegmentKey, SegmentRef] = {}
+        self._torn: set[SegmentKey] = set()
         self._groups: dict[tuple[int, int], list[_Stream]] = {}
         self._accept = accept
         for rank, rank_dir in layout.rank_directories(trace_dir):
@@ -215,7 +226,7 @@ class Snapshot:
 
     def segment(self, call: Call, sequence: int) -> SegmentRef:
         """The segment that holds a piece of a call."""
-        return self._segments[call.rank, call.epoch, call.attempt, sequence]
+        return self.segments[call.rank, call.epoch, call.attempt, sequence]
 
     def check_exists(self, call: Call) -> None:
         """Raise VanishedError if the call has been dropped."""
@@ -227,7 +238,7 @@ class Snapshot:
             if n_epoch is not None and partition.epoch != n_epoch:
                 continue
             usable, torn = _partition_segments(rank, partition)
-            self._segments.update({(ref.rank, ref.epoch, ref.attempt, ref.sequence): ref for ref in usable})
+            self.segments.update({(ref.rank, ref.epoch, ref.attempt, ref.sequence): ref for ref in usable})
             self._torn.update((rank, partition.epoch, entry.attempt, entry.sequence) for entry in torn)
             claimed = 0
             for attempt in sorted({ref.attempt for ref in usable}):
@@ -281,13 +292,31 @@ class Snapshot:
             identity = (ref.rank, ref.epoch, ref.attempt, sequence)
             if identity in self._torn:
                 return False
-            if identity not in self._segments:
+            if identity not in self.segments:
                 ref.check_exists()
                 raise CorruptDataError(
                     f"call {call.call} in {ref.path} has bytes in segment {sequence}, which is not there",
                     "restore the segment from a copy, or drop the epoch",
                 )
         return True
+
+
+def read_call(ref: SegmentRef, key: int) -> Call:
+    """Read one call again whose key was listed before.
+
+    Raises:
+        VanishedError: Its segment has been dropped.
+        CorruptDataError: It is not there any more.
+    """
+    with ref.opened() as segment:
+        headers = segment.headers(key - 1 if key else None, 1)
+    if not headers or headers[0][0] != key:
+        raise CorruptDataError(
+            f"the header of call {key} has left {ref.path}", "restore the segment from a copy"
+        )
+    call = _decoder(ref).decode(*headers[0], is_checked=True)
+    assert isinstance(call, Call)
+    return call
 
 
 def _chains(streams: list[_Stream]) -> list[list[_Stream]]:

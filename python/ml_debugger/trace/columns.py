@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 
 from ml_debugger.errors import CorruptDataError
-from ml_debugger.trace.catalog import SegmentRef, Snapshot
+from ml_debugger.trace.catalog import SegmentLookup, SegmentRef
 from ml_debugger.trace.dtypes import Array, RecordedDtype, recorded_dtype, widen
 from ml_debugger.trace.header import INLINE, Call, ColumnDescription, Piece
 from ml_debugger.trace.newest import Mask
@@ -78,8 +78,8 @@ class KeptCall:
 class PieceReader:
     """Collects which pieces go where, then reads them segment by segment, each one opened once."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
+    def __init__(self, segments: SegmentLookup) -> None:
+        self._segments = segments
         self._wanted: dict[SegmentRef, list[tuple[Array, list[tuple[int, int, int, int]]]]] = {}
 
     def add(self, call: Call, capture: int, out: Array, offset: int = 0) -> None:
@@ -89,7 +89,7 @@ class PieceReader:
                 stop = offset + piece.length_bytes
                 out[offset:stop] = np.frombuffer(call.inline, np.uint8, piece.length_bytes, piece.key)
             elif piece.length_bytes:
-                self.add_piece(self._snapshot.segment(call, piece.segment), piece, out, offset)
+                self.add_piece(self._segments.segment(call, piece.segment), piece, out, offset)
             offset += piece.length_bytes
 
     def add_piece(self, ref: SegmentRef, piece: Piece, out: Array, offset: int) -> None:
@@ -125,7 +125,7 @@ def as_bytes(values: Array) -> Array:
 
 
 def read_columns(
-    snapshot: Snapshot,
+    segments: SegmentLookup,
     calls: list[KeptCall],
     schemas: list[ColumnSchema],
     *,
@@ -135,7 +135,7 @@ def read_columns(
     """Read some columns of consecutive calls in one step.
 
     Args:
-        snapshot: Where the calls come from.
+        segments: Where the pieces of the calls lie; a `Snapshot`.
         calls: The calls, with the rows that are wanted.
         schemas: The columns.
         raw: Give elements as they were stored where a column has one dtype, instead of widened.
@@ -146,7 +146,7 @@ def read_columns(
         CorruptDataError: Stored bytes are not what was written.
         StorageError: A column of several dtypes has no common one.
     """
-    reader = PieceReader(snapshot)
+    reader = PieceReader(segments)
     finishes: dict[str, Callable[[], ColumnValues]] = {}
     for schema in schemas:
         if schema.name in _DERIVED:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ml_debugger.store import layout
+from ml_debugger.trace.arguments import RowFilter
 from ml_debugger.trace.catalog import Snapshot, list_epochs, retry_vanished
 from ml_debugger.trace.columns import KeptCall, column_bytes, read_columns
 from ml_debugger.trace.dtypes import FIELD_DTYPES, Array
@@ -17,6 +18,7 @@ from ml_debugger.trace.header import FEATURES, GROUND_TRUTH, Call
 from ml_debugger.trace.newest import Mask, NewestRows
 from ml_debugger.trace.schema import ColumnSchema, SchemaCollector, TextExtent, base_schema
 from ml_debugger.trace.source import RowBlock, pick_schemas
+from ml_debugger.trace.store_rows import StoreRows
 
 BLOCK_BYTES = 8 << 20
 _MAX_CALLS_A_BLOCK = 512
@@ -25,8 +27,15 @@ _MAX_CALLS_A_BLOCK = 512
 class Choice:
     """The rows of both tables that a reader asked for: a snapshot, and which rows of it are kept."""
 
-    def __init__(self, trace_dir: Path, n_epoch: int | None, dataset_type: str | None, dedupe: bool) -> None:
-        """Read every header once, and every ``input_id`` if ``dedupe``.
+    def __init__(
+        self,
+        trace_dir: Path,
+        n_epoch: int | None,
+        dataset_type: str | None,
+        dedupe: bool,
+        input_ids: frozenset[str] | None = None,
+    ) -> None:
+        """Read every header once, and every ``input_id`` if ``dedupe`` or ``input_ids`` ask for it.
 
         Raises:
             VanishedError: An epoch was dropped meanwhile; use `retry_vanished`.
@@ -46,8 +55,11 @@ class Choice:
         self._keep: Mask | None = None
         if dedupe:
             self._keep = self._newest()
-            if not self._keep.all():
-                self._collect_kept()
+        if input_ids is not None:
+            having = self._having(input_ids)
+            self._keep = having if self._keep is None else self._keep & having
+        if self._keep is not None and not self._keep.all():
+            self._collect_kept()
 
     @property
     def recorded_rows(self) -> int:
@@ -83,27 +95,41 @@ class Choice:
                 schemas.setdefault(name, schema)
         return schemas
 
+    def _calls_with_ids(self) -> Iterator[tuple[Call, list[str]]]:
+        """Every call of the snapshot in row order, with the ids of all its rows."""
+        schema = base_schema("input_id", FEATURES, 0)
+        whole = (KeptCall(call, None, call.rows) for call in self.snapshot.calls())
+        for block in call_blocks(whole, [schema]):
+            ids = list(read_columns(self.snapshot, block, [schema], raw=True)["input_id"])
+            position = 0
+            for kept in block:
+                yield kept.call, ids[position : position + kept.rows]
+                position += kept.rows
+
     def _newest(self) -> Mask:
         keep = np.ones(self.recorded_rows, np.bool_)
         first = start = 0
         epoch = layout.NO_EPOCH
         newest = NewestRows(0)
-        schema = base_schema("input_id", FEATURES, 0)
-        for block in call_blocks(
-            (KeptCall(call, None, call.rows) for call in self.snapshot.calls()), [schema]
-        ):
-            ids = read_columns(self.snapshot, block, [schema], raw=True)["input_id"]
-            position = 0
-            for call in (kept.call for kept in block):
-                if call.epoch != epoch:
-                    _fill_mask(keep, start, newest)
-                    start, epoch = first, call.epoch
-                    newest = NewestRows(0 if epoch == layout.NO_EPOCH else self._rows_by_epoch[epoch])
-                if epoch != layout.NO_EPOCH:
-                    newest.add(call.description.dataset_type, list(ids[position : position + call.rows]))
-                position += call.rows
-                first += call.rows
+        for call, ids in self._calls_with_ids():
+            if call.epoch != epoch:
+                _fill_mask(keep, start, newest)
+                start, epoch = first, call.epoch
+                newest = NewestRows(0 if epoch == layout.NO_EPOCH else self._rows_by_epoch[epoch])
+            if epoch != layout.NO_EPOCH:
+                newest.add(call.description.dataset_type, ids)
+            first += call.rows
         _fill_mask(keep, start, newest)
+        return keep
+
+    def _having(self, input_ids: frozenset[str]) -> Mask:
+        keep = np.zeros(self.recorded_rows, np.bool_)
+        first = 0
+        for call, ids in self._calls_with_ids():
+            keep[first : first + call.rows] = np.fromiter(
+                map(input_ids.__contains__, ids), np.bool_, call.rows
+            )
+            first += call.rows
         return keep
 
     def _collect_kept(self) -> None:
@@ -178,6 +204,10 @@ class StoreSelection:
                 _existence(snapshot, block),
             )
             row += rows
+
+    def row_index(self, schemas: Sequence[ColumnSchema]) -> StoreRows:
+        """The same rows by number; see `Selection.row_index`."""
+        return StoreRows(self._choice.snapshot, self._choice.kept_calls(self._table), schemas)
 
     def _measure(self, schemas: list[ColumnSchema]) -> None:
         """Find out how wide the texts of some columns are."""
@@ -268,9 +298,11 @@ class StoreSource:
         """Names of the columns of a table."""
         return list(trace_schemas(self._trace_dir, table))
 
-    def select(
-        self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool
-    ) -> StoreSelection:
+    def select(self, table: str, wanted: RowFilter) -> StoreSelection:
         """Rows of a table, as committed now."""
-        choice = retry_vanished(lambda: Choice(self._trace_dir, n_epoch, dataset_type, dedupe))
+        choice = retry_vanished(
+            lambda: Choice(
+                self._trace_dir, wanted.n_epoch, wanted.dataset_type, wanted.dedupe, wanted.input_ids
+            )
+        )
         return StoreSelection(choice, table)
