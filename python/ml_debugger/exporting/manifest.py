@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ml_debugger import _core
 from ml_debugger.store import layout
+from ml_debugger.store.status import is_writing
 from ml_debugger.trace.catalog import RankSummary
 from ml_debugger.trace.header import Gap
 from ml_debugger.trace.npy_member import FORMAT_VERSION, MANIFEST_NAME
@@ -60,7 +60,7 @@ def ranks_entry(trace_dir: Path, ranks: list[RankSummary]) -> list[dict[str, Any
             "rank": summary.rank,
             "rows": summary.rows,
             "last_call": summary.last_call,
-            "writing": _core.is_locked(str(layout.rank_directory(trace_dir, summary.rank) / "writer.lock")),
+            "writing": is_writing(layout.rank_directory(trace_dir, summary.rank)),
         }
         for summary in ranks
     ]
