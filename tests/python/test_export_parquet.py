@@ -200,6 +200,7 @@ def test_an_empty_trace_gives_empty_tables_with_all_columns(tmp_path: Path) -> N
 def test_rows_are_written_in_groups_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_tables, "_ROW_GROUP_ROWS", 5)
     monkeypatch.setattr("ml_debugger.trace.store_source._MAX_CALLS_A_BLOCK", 2)
+    monkeypatch.setattr("ml_debugger.trace.runs.RUN_BYTES", 1)
     calls = [np.full((2, 3), number, "<f4") for number in range(9)]
     trace_dir = one_column(tmp_path / "data", *calls)
     path = parquet(trace_dir, tmp_path / "out.zip")

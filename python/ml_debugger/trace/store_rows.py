@@ -11,6 +11,7 @@ from ml_debugger.trace.catalog import SegmentKey, SegmentRef, Snapshot, read_cal
 from ml_debugger.trace.columns import ColumnValues, KeptCall, read_columns
 from ml_debugger.trace.header import Call
 from ml_debugger.trace.newest import Mask
+from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema
 
 
@@ -32,6 +33,7 @@ class StoreRows:
         self._masks: dict[int, tuple[int, bytes]] = {}
         for kept in calls:
             call = kept.call
+            assert isinstance(call, Call)
             if kept.keep is not None:
                 self._masks[len(self._key)] = (call.rows, np.packbits(kept.keep).tobytes())
             self._home.append(numbers[call.rank, call.epoch, call.attempt, call.sequence])
@@ -55,7 +57,7 @@ class StoreRows:
             rows = int(np.count_nonzero(keep))
         return read_columns(self, [KeptCall(call, keep, rows)], self._schemas, raw=True)
 
-    def segment(self, call: Call, sequence: int) -> SegmentRef:
+    def segment(self, call: Call | CallRun, sequence: int) -> SegmentRef:
         """The segment that holds a piece of a call."""
         key: SegmentKey = (call.rank, call.epoch, call.attempt, sequence)
         return self._segments[key]

@@ -16,6 +16,7 @@ from ml_debugger.trace.columns import KeptCall, column_bytes, read_columns
 from ml_debugger.trace.dtypes import FIELD_DTYPES, Array
 from ml_debugger.trace.header import FEATURES, GROUND_TRUTH, Call
 from ml_debugger.trace.newest import Mask, NewestRows
+from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema, SchemaCollector, TextExtent, base_schema
 from ml_debugger.trace.source import RowBlock, pick_schemas
 from ml_debugger.trace.store_rows import StoreRows
@@ -44,7 +45,7 @@ class Choice:
         self._trace_dir = trace_dir
         self._rows_by_epoch: Counter[int] = Counter()
 
-        def accept(call: Call) -> bool:
+        def accept(call: Call | CallRun) -> bool:
             if dataset_type is not None and call.description.dataset_type != dataset_type:
                 return False
             self._rows_by_epoch[call.epoch] += call.rows
@@ -75,10 +76,10 @@ class Choice:
         """Rows of a table that are kept."""
         return self._collector.rows(table)
 
-    def kept_calls(self, table: str) -> Iterator[KeptCall]:
-        """Calls that have kept rows in a table, in row order."""
+    def kept_calls(self, table: str, *, in_runs: bool = True) -> Iterator[KeptCall]:
+        """Calls that have kept rows in a table, in row order; ``in_runs``: those that are alike together."""
         first = 0
-        for call in self.snapshot.calls():
+        for call in self.snapshot.runs() if in_runs else self.snapshot.calls():
             keep = None if self._keep is None else self._keep[first : first + call.rows]
             first += call.rows
             if table == GROUND_TRUTH and not call.ground_truth_rows:
@@ -95,10 +96,10 @@ class Choice:
                 schemas.setdefault(name, schema)
         return schemas
 
-    def _calls_with_ids(self) -> Iterator[tuple[Call, list[str]]]:
-        """Every call of the snapshot in row order, with the ids of all its rows."""
+    def _calls_with_ids(self) -> Iterator[tuple[Call | CallRun, list[str]]]:
+        """Every call or run of the snapshot in row order, with the ids of all its rows."""
         schema = base_schema("input_id", FEATURES, 0)
-        whole = (KeptCall(call, None, call.rows) for call in self.snapshot.calls())
+        whole = (KeptCall(call, None, call.rows) for call in self.snapshot.runs())
         for block in call_blocks(whole, [schema]):
             ids = list(read_columns(self.snapshot, block, [schema], raw=True)["input_id"])
             position = 0
@@ -207,7 +208,7 @@ class StoreSelection:
 
     def row_index(self, schemas: Sequence[ColumnSchema]) -> StoreRows:
         """The same rows by number; see `Selection.row_index`."""
-        return StoreRows(self._choice.snapshot, self._choice.kept_calls(self._table), schemas)
+        return StoreRows(self._choice.snapshot, self._choice.kept_calls(self._table, in_runs=False), schemas)
 
     def _measure(self, schemas: list[ColumnSchema]) -> None:
         """Find out how wide the texts of some columns are."""
@@ -239,7 +240,7 @@ def trace_schemas(trace_dir: Path, table: str) -> dict[str, ColumnSchema]:
     """What a table consists of, by its calls or, where it has none, by `version.json`; without rows."""
     collector = SchemaCollector()
 
-    def accept(call: Call) -> bool:
+    def accept(call: Call | CallRun) -> bool:
         collector.add(call, call.rows)
         return False
 
