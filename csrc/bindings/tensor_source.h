@@ -48,8 +48,8 @@ class TensorSource final : public ByteSource {
 // Size of the first dimension; -1 for a scalar or for what cannot be borrowed.
 [[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
 
-// Imports torch and looks up what we need of it. Called when the first recorder is opened, so that no
-// hook pays for it, and who only reads needs no torch.
+// Imports torch and looks up what we need of it. Called when the first recorder is opened, so that
+// no hook pays for it, and who only reads needs no torch.
 void look_up_torch();
 
 // Tests only: behave as with a torch that lacks the exchange API.

@@ -100,7 +100,8 @@ class HeaderReader {
   std::size_t sized(unsigned fix_tag, unsigned tag32) {
     const unsigned tag = byte();
     if ((tag & 0xF0U) == fix_tag) return tag & 0x0FU;
-    if (tag == tag32 - 1) return big_endian(2);  // other writers of the format use the shortest form
+    if (tag == tag32 - 1)
+      return big_endian(2);  // other writers of the format use the shortest form
     if (tag != tag32) damaged();
     return big_endian(4);
   }

@@ -146,7 +146,8 @@ void SegmentReader::gather(const std::vector<std::uint64_t>& keys,
                            std::vector<GatherTarget> targets) const {
   const auto differs = [&](std::uint64_t key) -> Error {
     return {ErrorKind::kCorruptData,
-            "call " + std::to_string(key) + " of " + directory_ + " is not what it was when it was listed",
+            "call " + std::to_string(key) + " of " + directory_ +
+                " is not what it was when it was listed",
             kDamageHint};
   };
   const Transaction transaction(*environment_, true);

@@ -32,11 +32,11 @@ struct HeaderScan {
   static constexpr std::uint64_t kMaxCallBytes = 1U << 20;
 
   std::vector<std::int64_t> keys, rows, ground_truth_rows, first_rows;
-  std::vector<std::int64_t> description;   // index in `descriptions`; -1: the next of `others`
-  std::vector<std::int64_t> chunk_bytes;   // outside of the header
-  std::vector<std::int64_t> lengths;       // kCaptures a header: bytes of each capture
-  std::vector<std::string> descriptions;   // each once
-  std::vector<std::string> others;         // whole values: gaps, and calls of another kind
+  std::vector<std::int64_t> description;  // index in `descriptions`; -1: the next of `others`
+  std::vector<std::int64_t> chunk_bytes;  // outside of the header
+  std::vector<std::int64_t> lengths;      // kCaptures a header: bytes of each capture
+  std::vector<std::string> descriptions;  // each once
+  std::vector<std::string> others;        // whole values: gaps, and calls of another kind
 };
 
 // The rows of one capture of many calls, one after the other.
