@@ -1,5 +1,7 @@
 #include "bindings/tensor_source.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <array>
 #include <cstring>
 #include <string>
@@ -58,7 +60,9 @@ const char* dtype_name(const std::string& name) {
 
 bool is_complex(const dlpack::DataType& dtype) noexcept { return dtype.code == 5; }
 
-// What we need of torch, looked up once. The objects live as long as the interpreter.
+// What we need of torch, looked up once. The objects live as long as the interpreter. A function's
+// own static would not do: two threads that met in it first could deadlock, one in the import
+// without the GIL, one with the GIL waiting for the first.
 struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
@@ -85,7 +89,8 @@ const dlpack::ExchangeApi* find_exchange_api(py::handle tensor_type) {
 }
 
 const Torch& torch() {
-  static const Torch found = [] {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> storage;
+  const auto look_up = [] {
     const py::module_ module = py::module_::import("torch");
     Torch result;
     const py::object tensor = module.attr("Tensor");
@@ -103,8 +108,8 @@ const Torch& torch() {
     const py::object graph_task = module.attr("_C").attr("_current_graph_task_id");
     result.graph_task = graph_task.inc_ref().ptr();
     return result;
-  }();
-  return found;
+  };
+  return storage.call_once_and_store_result(look_up).get_stored();
 }
 
 const dlpack::ExchangeApi* exchange_api() { return g_use_exchange_api ? torch().api : nullptr; }

@@ -54,8 +54,8 @@ class TensorSource final : public ByteSource {
 // computes layers anew.
 [[nodiscard]] bool is_in_backward();
 
-// Imports torch and looks up what we need of it. At import, since two hooks that met in it first
-// could deadlock: one in the import without the GIL, one with the GIL waiting for the first.
+// Imports torch and looks up what we need of it. Called when the first recorder is opened, so that
+// no hook pays for it, and who only reads needs no torch.
 void look_up_torch();
 
 // Tests only: behave as with a torch that lacks the exchange API.

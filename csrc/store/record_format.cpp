@@ -1,5 +1,8 @@
 #include "store/record_format.h"
 
+#include <limits>
+#include <utility>
+
 #include "errors.h"
 #include "store/crc32c.h"
 #include "store/msgpack_writer.h"
@@ -15,6 +18,25 @@ std::uint32_t stored_checksum(std::string_view value) noexcept {
   const auto* tail = reinterpret_cast<const unsigned char*>(value.data() + value.size() - 4);
   return static_cast<std::uint32_t>(tail[0]) << 24 | static_cast<std::uint32_t>(tail[1]) << 16 |
          static_cast<std::uint32_t>(tail[2]) << 8 | static_cast<std::uint32_t>(tail[3]);
+}
+
+// Length of the description, of which `rest` holds all, then the inline bytes with their msgpack
+// tag, and the checksum. The three forms of the tag cannot be taken for one another: each holds the
+// length, which only one of them can.
+std::size_t description_bytes(std::string_view rest, std::size_t inline_bytes) {
+  for (const auto& [tag, length_bytes] : {std::pair{0xC4U, 1U}, {0xC5U, 2U}, {0xC6U, 4U}}) {
+    const std::size_t behind = 1 + length_bytes + inline_bytes + kChecksumBytes;
+    if (rest.size() < behind || inline_bytes >> (8 * length_bytes) != 0) continue;
+    const std::size_t start = rest.size() - behind;
+    bool matches = static_cast<unsigned char>(rest[start]) == tag;
+    for (std::size_t i = 0; i < length_bytes; ++i) {
+      const auto expected =
+          static_cast<unsigned char>(inline_bytes >> (8 * (length_bytes - 1 - i)));
+      matches = matches && static_cast<unsigned char>(rest[start + 1 + i]) == expected;
+    }
+    if (matches) return start;
+  }
+  throw Error(ErrorKind::kCorruptData, "a stored header does not end in its inline bytes");
 }
 
 // Reads back the few msgpack types that encode_* writes; anything else is damage.
@@ -48,8 +70,12 @@ class HeaderReader {
   template <class Integer>
   Integer field(std::string_view name) {
     key(name);
-    return static_cast<Integer>(unsigned_integer());
+    const std::uint64_t value = unsigned_integer();
+    if (value > static_cast<std::uint64_t>(std::numeric_limits<Integer>::max())) damaged();
+    return static_cast<Integer>(value);
   }
+
+  [[nodiscard]] std::string_view rest() const noexcept { return bytes_; }
 
   [[noreturn]] static void damaged() {
     throw Error(ErrorKind::kCorruptData, "a stored header is not what the writer writes",
@@ -74,6 +100,8 @@ class HeaderReader {
   std::size_t sized(unsigned fix_tag, unsigned tag32) {
     const unsigned tag = byte();
     if ((tag & 0xF0U) == fix_tag) return tag & 0x0FU;
+    if (tag == tag32 - 1)
+      return big_endian(2);  // other writers of the format use the shortest form
     if (tag != tag32) damaged();
     return big_endian(4);
   }
@@ -175,6 +203,8 @@ DecodedHeader decode_header(std::string_view value) {
   if (inline_total + kChecksumBytes > value.size())
     throw Error(ErrorKind::kCorruptData, "a stored header is cut off");
   header.inline_bytes = value.substr(value.size() - kChecksumBytes - inline_total, inline_total);
+  const std::string_view rest = reader.rest();
+  header.description = rest.substr(0, description_bytes(rest, inline_total));
   return header;
 }
 

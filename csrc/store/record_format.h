@@ -90,6 +90,7 @@ struct DecodedHeader {
   HeaderKind kind = HeaderKind::kCall;
   CallIdentity identity{};       // of a call
   std::vector<ChunkRef> chunks;  // of a call
+  std::string_view description;  // of a call, msgpack
   std::string_view inline_bytes;
 };
 

@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <unordered_map>
 
 #include "errors.h"
 #include "store/crc32c.h"
@@ -20,6 +21,27 @@ Access access_for(const std::string& directory, bool sealed) {
   // One handle an environment and process: if the writer of this process may open it too, it must
   // be able to write.
   return StoreState::owns(directory) ? Access::kWrite : Access::kReadLive;
+}
+
+// Whether a call can be read as part of a run; `lengths` has room for kCaptures.
+bool is_plain(std::uint64_t key, const DecodedHeader& header, const SegmentIdentity& expected,
+              std::int64_t* lengths, std::uint64_t* chunk_bytes) {
+  const CallIdentity& call = header.identity;
+  if (header.kind != HeaderKind::kCall || call.call != key || call.rank != expected.rank ||
+      call.attempt != expected.attempt || call.epoch != expected.epoch || call.first_row < 0) {
+    return false;
+  }
+  std::uint64_t total = 0;
+  for (const ChunkRef& chunk : header.chunks) {
+    const bool is_inline = chunk.segment == ChunkRef::kInline;
+    if (!is_inline && chunk.segment != static_cast<std::int64_t>(expected.sequence)) return false;
+    if (chunk.capture >= HeaderScan::kCaptures || chunk.bytes > HeaderScan::kMaxCallBytes)
+      return false;
+    lengths[chunk.capture] += static_cast<std::int64_t>(chunk.bytes);
+    if (!is_inline) *chunk_bytes += chunk.bytes;
+    total += chunk.bytes;
+  }
+  return total <= HeaderScan::kMaxCallBytes;
 }
 
 }  // namespace
@@ -51,10 +73,11 @@ std::string SegmentReader::meta() const {
   return {static_cast<const char*>(value.mv_data), value.mv_size};
 }
 
-std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(
-    std::optional<std::uint64_t> after, std::size_t limit) const {
-  std::vector<std::pair<std::uint64_t, std::string>> found;
-  if (after == std::numeric_limits<std::uint64_t>::max()) return found;  // nothing can be behind it
+// Calls visit(key, value) for up to `limit` sound headers behind `after`, in key order.
+template <class Visit>
+void SegmentReader::for_headers(std::optional<std::uint64_t> after, std::size_t limit,
+                                Visit visit) const {
+  if (after == std::numeric_limits<std::uint64_t>::max()) return;  // nothing can be behind it
   const Transaction transaction(*environment_, true);
   MDB_cursor* cursor = nullptr;
   check_lmdb(mdb_cursor_open(transaction.get(), environment_->headers(), &cursor),
@@ -64,42 +87,128 @@ std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(
   MDB_val key{first.size(), first.data()};
   MDB_val value{};
   int code = mdb_cursor_get(cursor, &key, &value, MDB_SET_RANGE);
-  for (; code == MDB_SUCCESS && found.size() < limit;
-       code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
+  for (; code == MDB_SUCCESS && limit > 0;
+       --limit, code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
     const std::string_view bytes(static_cast<const char*>(value.mv_data), value.mv_size);
     if (key.mv_size != first.size() || !header_is_sound(bytes)) {
       throw Error(ErrorKind::kCorruptData,
                   "a header of " + directory_ + " does not match its checksum", kDamageHint);
     }
-    found.emplace_back(decode_key(key.mv_data), std::string(bytes));
+    visit(decode_key(key.mv_data), bytes);
   }
   if (code != MDB_SUCCESS && code != MDB_NOTFOUND) check_lmdb(code, "cannot read headers");
+}
+
+std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(
+    std::optional<std::uint64_t> after, std::size_t limit) const {
+  std::vector<std::pair<std::uint64_t, std::string>> found;
+  for_headers(after, limit, [&](std::uint64_t key, std::string_view value) {
+    found.emplace_back(key, std::string(value));
+  });
   return found;
+}
+
+HeaderScan SegmentReader::scan(std::optional<std::uint64_t> after, std::size_t limit,
+                               const SegmentIdentity& expected) const {
+  HeaderScan found;
+  std::unordered_map<std::string, std::int64_t> numbers;
+  for_headers(after, limit, [&](std::uint64_t key, std::string_view value) {
+    found.keys.push_back(static_cast<std::int64_t>(key));
+    found.lengths.resize(found.lengths.size() + HeaderScan::kCaptures);
+    std::int64_t* lengths = found.lengths.data() + found.lengths.size() - HeaderScan::kCaptures;
+    DecodedHeader header;
+    header.kind = HeaderKind::kGap;
+    try {
+      header = decode_header(value);
+    } catch (const Error&) {
+      // Who reads the whole value says what is wrong with it.
+    }
+    std::uint64_t chunk_bytes = 0;
+    const CallIdentity& call = header.identity;
+    found.rows.push_back(call.rows);
+    found.ground_truth_rows.push_back(call.ground_truth_rows);
+    found.first_rows.push_back(call.first_row);
+    if (!is_plain(key, header, expected, lengths, &chunk_bytes)) {
+      found.description.push_back(-1);
+      found.others.emplace_back(value);
+    } else {
+      const auto next = static_cast<std::int64_t>(found.descriptions.size());
+      const auto [place, is_new] = numbers.try_emplace(std::string(header.description), next);
+      if (is_new) found.descriptions.push_back(place->first);
+      found.description.push_back(place->second);
+    }
+    found.chunk_bytes.push_back(static_cast<std::int64_t>(chunk_bytes));
+  });
+  return found;
+}
+
+void SegmentReader::gather(const std::vector<std::uint64_t>& keys,
+                           std::vector<GatherTarget> targets) const {
+  const auto differs = [&](std::uint64_t key) -> Error {
+    return {ErrorKind::kCorruptData,
+            "call " + std::to_string(key) + " of " + directory_ +
+                " is not what it was when it was listed",
+            kDamageHint};
+  };
+  const Transaction transaction(*environment_, true);
+  for (const std::uint64_t number : keys) {
+    Key encoded = encode_key(number);
+    MDB_val key{encoded.size(), encoded.data()};
+    MDB_val value{};
+    const int code = mdb_get(transaction.get(), environment_->headers(), &key, &value);
+    if (code == MDB_NOTFOUND) throw differs(number);
+    check_lmdb(code, "cannot read headers");
+    const DecodedHeader header =
+        decode_header({static_cast<const char*>(value.mv_data), value.mv_size});
+    for (const ChunkRef& chunk : header.chunks) {
+      for (GatherTarget& target : targets) {
+        if (target.capture != chunk.capture || chunk.bytes == 0) continue;
+        if (chunk.bytes > target.bytes) throw differs(number);
+        if (chunk.segment == ChunkRef::kInline) {
+          std::memcpy(target.out, header.inline_bytes.data() + chunk.key, chunk.bytes);
+          check_copy(target.out, chunk.bytes, chunk.crc, chunk.key);
+        } else {
+          copy_chunk(transaction.get(), {chunk.key, 0, chunk.bytes, chunk.crc}, target.out);
+        }
+        target.out += chunk.bytes;
+        target.bytes -= chunk.bytes;
+      }
+    }
+  }
+  for (const GatherTarget& target : targets) {
+    if (target.bytes != 0) throw differs(keys.empty() ? 0 : keys.back());
+  }
 }
 
 void SegmentReader::read(const std::vector<ChunkRequest>& requests, std::byte* out) const {
   const Transaction transaction(*environment_, true);
-  for (const ChunkRequest& request : requests) {
-    Key encoded = encode_key(request.key);
-    MDB_val key{encoded.size(), encoded.data()};
-    MDB_val value{};
-    const int code = mdb_get(transaction.get(), environment_->chunks(), &key, &value);
-    if (code != MDB_NOTFOUND) check_lmdb(code, "cannot read a chunk");
-    if (code == MDB_NOTFOUND || value.mv_size != request.bytes) {
-      throw Error(
-          ErrorKind::kCorruptData,
-          "chunk " + std::to_string(request.key) + " of " + directory_ + " is missing or cut",
-          kDamageHint);
-    }
-    std::memcpy(out + request.offset, value.mv_data, value.mv_size);
-    // Of the copy, which is in the cache, and which is what the caller gets.
-    if (crc32c(out + request.offset, request.bytes) != request.crc) {
-      throw Error(ErrorKind::kCorruptData,
-                  "chunk " + std::to_string(request.key) + " of " + directory_ +
-                      " does not match its checksum",
-                  kDamageHint);
-    }
+  for (const ChunkRequest& request : requests)
+    copy_chunk(transaction.get(), request, out + request.offset);
+}
+
+void SegmentReader::copy_chunk(MDB_txn* transaction, const ChunkRequest& request,
+                               std::byte* out) const {
+  Key encoded = encode_key(request.key);
+  MDB_val key{encoded.size(), encoded.data()};
+  MDB_val value{};
+  const int code = mdb_get(transaction, environment_->chunks(), &key, &value);
+  if (code != MDB_NOTFOUND) check_lmdb(code, "cannot read a chunk");
+  if (code == MDB_NOTFOUND || value.mv_size != request.bytes) {
+    throw Error(ErrorKind::kCorruptData,
+                "chunk " + std::to_string(request.key) + " of " + directory_ + " is missing or cut",
+                kDamageHint);
   }
+  std::memcpy(out, value.mv_data, value.mv_size);
+  check_copy(out, request.bytes, request.crc, request.key);
+}
+
+// Of the copy, which is in the cache, and which is what the caller gets.
+void SegmentReader::check_copy(const std::byte* copy, std::uint64_t bytes, std::uint32_t crc,
+                               std::uint64_t key) const {
+  if (crc32c(copy, bytes) == crc) return;
+  throw Error(ErrorKind::kCorruptData,
+              "chunk " + std::to_string(key) + " of " + directory_ + " does not match its checksum",
+              kDamageHint);
 }
 
 }  // namespace mld

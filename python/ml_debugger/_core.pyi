@@ -162,6 +162,22 @@ class Segment:
     def headers(self, after: int | None = None, limit: int = 1024) -> list[tuple[int, bytes]]:
         """(key, value) of up to ``limit`` headers behind key ``after``, in key order, checksums verified."""
 
+    def scan(
+        self, after: int | None, limit: int, *, rank: int, attempt: int, epoch: int, sequence: int
+    ) -> dict[str, Any]:
+        """As ``headers``, as columns: int64 arrays as bytes, and lists of bytes.
+
+        ``keys``, ``rows``, ``ground_truth_rows``, ``first_rows``, ``chunk_bytes`` (outside of the header),
+        ``lengths`` (32 a header: bytes of each capture), ``description`` (index in ``descriptions``; -1: the
+        next of ``others``, whole values: gaps, calls with chunks elsewhere, and large ones).
+        """
+
+    def gather(self, keys: Buffer, targets: Sequence[tuple[int, Buffer]]) -> None:
+        """Fill (capture, out) with that capture of the calls ``keys`` (uint64), one after the other.
+
+        Without the GIL. Raises CorruptDataError on wrong checksums, and if a buffer is not filled exactly.
+        """
+
     def read(self, chunks: Sequence[tuple[int, int, int, int]], out: Buffer) -> None:
         """Copy chunks (key, offset in ``out``, bytes, crc32c) to ``out``: one transaction, without the GIL.
 

@@ -211,3 +211,70 @@ TEST(segment_describes_itself_in_json) {
   segment.seal();
   CHECK(support::read_file(directory / "s/sealed.json").find("\"rows\": 3") != std::string::npos);
 }
+
+TEST(reader_scans_headers_as_columns_and_leaves_other_calls_whole) {
+  const TempDir directory;
+  mld::Segment segment = make_segment(directory / "s");
+  write_calls(segment, 0, 3);
+  {
+    mld::Segment::Batch batch(segment);
+    std::string header;
+    mld::encode_call({0, 0, 3, 0, 2, 2, 9}, {{1, -1, 0, 3, 0}, {1, -1, 3, 2, 0}}, "\xA1x", "abcde",
+                     &header);
+    batch.put_header(3, header);
+    mld::encode_call({0, 0, 4, 0, 1, 0, 11}, {{0, 7, 64, 5000, 0}}, "\xC0", "", &header);
+    batch.put_header(4, header);  // its bytes lie in segment 7
+    mld::encode_gap({5, 6, 4, 40, "stall"}, &header);
+    batch.put_header(5, header);
+    batch.commit();
+  }
+  const SegmentReader reader(directory / "s", false);
+  const mld::HeaderScan found = reader.scan(std::nullopt, 100, kIdentity);
+  CHECK(found.keys == (std::vector<std::int64_t>{0, 1, 2, 3, 4, 5}));
+  CHECK(found.description == (std::vector<std::int64_t>{0, 0, 0, 1, -1, -1}));
+  CHECK(found.descriptions == (std::vector<std::string>{"\xC0", "\xA1x"}));
+  CHECK_EQ(found.others.size(), 2);
+  CHECK_EQ(found.rows.at(3), 2);
+  CHECK_EQ(found.ground_truth_rows.at(3), 2);
+  CHECK_EQ(found.first_rows.at(3), 9);
+  CHECK_EQ(found.lengths.at(0), 5000);
+  CHECK_EQ(found.lengths.at(3 * mld::HeaderScan::kCaptures + 1), 5);
+  CHECK_EQ(found.chunk_bytes.at(0), 5000);
+  CHECK_EQ(found.chunk_bytes.at(3), 0);
+  CHECK_EQ(reader.scan(2, 2, kIdentity).keys.size(), 2);
+  CHECK_EQ(reader.scan(std::nullopt, 9, {1, 0, 0, 0}).others.size(), 6);  // another rank's
+}
+
+TEST(reader_gathers_a_capture_of_many_calls) {
+  const TempDir directory;
+  mld::Segment segment = make_segment(directory / "s");
+  write_calls(segment, 0, 4);
+  const SegmentReader reader(directory / "s", false);
+  std::string out(10000, '\0');
+  auto* data = reinterpret_cast<std::byte*>(out.data());
+  reader.gather({3, 1}, {{0, data, out.size()}});
+  CHECK(out == pattern(3, 5000) + pattern(1, 5000));
+  const auto wrong = [&](std::uint64_t call, std::size_t bytes) {
+    return kind_of([&] { reader.gather({call}, {{0, data, bytes}}); });
+  };
+  CHECK(wrong(0, 4999) == ErrorKind::kCorruptData);  // more than there is room for
+  CHECK(wrong(0, 5001) == ErrorKind::kCorruptData);  // less than was asked for
+  CHECK(wrong(9, 5000) == ErrorKind::kCorruptData);  // no such call
+}
+
+TEST(reader_gathers_no_inline_bytes_that_are_not_what_was_written) {
+  const TempDir directory;
+  mld::Segment segment = make_segment(directory / "s");
+  std::string header;
+  mld::encode_call({0, 0, 0, 0, 1, 0, 0}, {{0, -1, 0, 3, mld::crc32c("abc", 3)}, {1, -1, 3, 3, 1}},
+                   "\xC0", "abcdef", &header);
+  mld::Segment::Batch batch(segment);
+  batch.put_header(0, header);
+  batch.commit();
+  const SegmentReader reader(directory / "s", false);
+  std::string out(3, '\0');
+  auto* data = reinterpret_cast<std::byte*>(out.data());
+  reader.gather({0}, {{0, data, 3}});
+  CHECK(out == "abc");
+  CHECK(kind_of([&] { reader.gather({0}, {{1, data, 3}}); }) == ErrorKind::kCorruptData);
+}

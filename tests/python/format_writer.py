@@ -76,6 +76,7 @@ class SegmentWriter:
     rows: int = 0
     ground_truth_rows: int = 0
     discarded_rows: int = 0
+    num_calls: int = 0
 
     def put_chunk(self, data: bytes) -> list[int]:
         key = self.next_key
@@ -99,7 +100,7 @@ class SegmentWriter:
         (self.path / "segment.json").write_text(json.dumps(description))
         meta = {
             "format_version": 1, "rows": self.rows, "ground_truth_rows": self.ground_truth_rows,
-            "calls": len(self.calls), "payload_bytes": sum(len(data) for _, data in self.chunks),
+            "calls": self.num_calls, "payload_bytes": sum(len(data) for _, data in self.chunks),
             "discarded_rows": self.discarded_rows,
         }  # fmt: skip
         with lmdb.open(str(self.path), map_size=_MAP_BYTES, max_dbs=2) as env:
@@ -115,7 +116,7 @@ class SegmentWriter:
                 "format_version": 1,
                 "rows": self.rows,
                 "ground_truth_rows": self.ground_truth_rows,
-                "calls": 0,
+                "calls": self.num_calls,
             }
             (self.path / "sealed.json").write_text(json.dumps(document))
 
@@ -198,6 +199,7 @@ class FormatWriter:
         }  # fmt: skip
         segment.put_header(number, 0, core, {"dataset_type": dataset_type, "columns": columns}, inlined)
         segment.rows += len(ids)
+        segment.num_calls += 1
         segment.ground_truth_rows += core["ground_truth_rows"]
         return first_row
 

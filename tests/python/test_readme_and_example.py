@@ -40,8 +40,8 @@ def run(program: Path, *arguments: str | Path, folder: Path) -> subprocess.Compl
     )
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+def python_blocks(page: Path = README) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,16 @@ def test_python_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path) -> 
     assert lines[1] == f"[0, 1, 2] [{base}, 'hidden', 'logits'] [{base}, 'label']"
     # 512 samples in batches of 64: the third epoch is the calls 16 to 23.
     assert lines[3:] == [f"{call} (64, 3)" for call in range(16, 24)]
+
+
+@pytest.mark.parametrize("page", ["read.md", "export.md"])
+def test_python_blocks_of_the_pages_run_one_after_the_other(page: str, tmp_path: Path) -> None:
+    for package in ("pyarrow", "pandas"):
+        pytest.importorskip(package)
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(python_blocks(ROOT / "docs" / page)), encoding="utf-8")
+    result = run(program, folder=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_first_block_of_the_readme_has_fifteen_lines() -> None:

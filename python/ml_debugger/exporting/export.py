@@ -13,6 +13,7 @@ from ml_debugger.errors import InvalidInputError, StorageError
 from ml_debugger.exporting import manifest
 from ml_debugger.exporting.naming import default_name, resolve_output
 from ml_debugger.exporting.npy_zip import NpyZipWriter
+from ml_debugger.exporting.parquet_tables import require_parquet, write_parquet_tables
 from ml_debugger.exporting.progress import Progress, ProgressCallback
 from ml_debugger.exporting.spool import SpoolPlace
 from ml_debugger.exporting.tables import TablesWriter
@@ -21,17 +22,19 @@ from ml_debugger.trace.catalog import retry_vanished
 from ml_debugger.trace.store_source import Choice
 from ml_debugger.trace.trace import check_epoch
 
+FORMATS = ("npy", "parquet")
+
 
 def export_trace(
     trace_dir: Path,
     output_path: str | os.PathLike[str] | None,
     *,
     n_epoch: int | None = None,
-    format: str = "npy",
+    format: str = FORMATS[0],
     dedupe: bool = True,
     progress: bool | ProgressCallback | None = None,
 ) -> Path:
-    """Write what is committed of a trace into a ZIP of npy members with a `manifest.json`.
+    """Write what is committed of a trace into a ZIP of npy or Parquet members with a `manifest.json`.
 
     Blocks until the file is complete and durable. Memory: some blocks of 8 MiB, 8 bytes a call and, with
     ``dedupe``, at most 24 bytes a row. Small columns, text and rows of differing shape go through temporary
@@ -42,7 +45,9 @@ def export_trace(
         output_path: A file that ends in ``.zip``, or a directory (made if missing); None: the current
             directory.
         n_epoch: The epoch; -1: rows without one; None: all. An epoch that is not there gives empty tables.
-        format: ``"npy"``.
+        format: ``"npy"``: a member a column, which plain ``numpy.load`` opens. ``"parquet"``: a member a
+            table, with tensors as lists (`Trace.to_arrow` has the types); needs pyarrow and the memory of a
+            row group: 32 MiB, or one call that is larger.
         dedupe: Of the rows with an epoch, keep only the newest for each (dataset_type, n_epoch, input_id).
         progress: True or False; None: a line on a terminal only; or a callable that takes (bytes done, bytes
             in all).
@@ -51,8 +56,8 @@ def export_trace(
         The file that was written; an existing one was replaced atomically.
 
     Raises:
-        InvalidInputError: An ``n_epoch`` below -1, an unknown format, an output path that leads through a
-            file.
+        InvalidInputError: An ``n_epoch`` below -1, an unknown format or one whose package is missing, an
+            output path that leads through a file.
         InvalidTypeError: An argument of another type.
         NotFoundError: No such trace, or its epochs are dropped faster than they can be read.
         CorruptDataError: Stored bytes are not what was written.
@@ -60,14 +65,18 @@ def export_trace(
             without loss.
     """
     epoch = check_epoch(n_epoch)
-    if format != "npy":
-        raise InvalidInputError(f"format {format!r} is not available", 'pass format="npy"')
+    if format not in FORMATS:
+        raise InvalidInputError(
+            f"there is no format {format!r}", f"pass one of {', '.join(map(repr, FORMATS))}"
+        )
+    if format == "parquet":
+        require_parquet()
     info = layout.read_version(trace_dir)
     path = resolve_output(output_path, default_name(info.model_name, info.version_name, epoch))
     with Progress(progress) as shown, _storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A drop in the middle of it: what was written so far is thrown away, and what is left is exported.
-        retry_vanished(lambda: _replace(path, trace_dir, info, epoch, dedupe, shown))
+        retry_vanished(lambda: _replace(path, trace_dir, info, epoch, format, dedupe, shown))
     return path
 
 
@@ -76,11 +85,13 @@ def _replace(
     trace_dir: Path,
     info: layout.VersionInfo,
     n_epoch: int | None,
+    format: str,
     dedupe: bool,
     progress: Progress,
 ) -> None:
     with _temporary(path.parent) as (file, temporary):
-        _write_archive(file, path.parent, trace_dir, info, Choice(trace_dir, n_epoch, None, dedupe), progress)
+        choice = Choice(trace_dir, n_epoch, None, dedupe)
+        _write_archive(file, path.parent, trace_dir, info, choice, format, progress)
         file.flush()
         os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -93,6 +104,7 @@ def _write_archive(
     trace_dir: Path,
     info: layout.VersionInfo,
     choice: Choice,
+    format: str,
     progress: Progress,
 ) -> None:
     with SpoolPlace(spool_dir) as place, NpyZipWriter(file) as archive:
@@ -101,7 +113,9 @@ def _write_archive(
             "model_name": info.model_name,
             "version_name": info.version_name,
             "fingerprint": info.fingerprint,
-            "tables": TablesWriter(archive, choice, place).write(progress),
+            "tables": write_parquet_tables(archive, choice, progress)
+            if format == "parquet"
+            else TablesWriter(archive, choice, place).write(progress),
         }
         document |= {
             "members": archive.members,

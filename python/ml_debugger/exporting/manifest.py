@@ -9,14 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from ml_debugger import _core
 from ml_debugger.store import layout
+from ml_debugger.store.status import is_writing
 from ml_debugger.trace.catalog import RankSummary
 from ml_debugger.trace.header import Gap
 from ml_debugger.trace.npy_member import FORMAT_VERSION, MANIFEST_NAME
 from ml_debugger.trace.schema import ColumnSchema, recorded_label
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "column_entry", "discarded_entry", "encode", "ranks_entry"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "column_entry",
+    "discarded_entry",
+    "encode",
+    "list_entry",
+    "ranks_entry",
+]
 
 
 def column_entry(schema: ColumnSchema, written: np.dtype[Any], *, one_shape: bool) -> dict[str, Any]:
@@ -25,6 +33,15 @@ def column_entry(schema: ColumnSchema, written: np.dtype[Any], *, one_shape: boo
         "recorded": recorded_label(schema),
         "written": written.str if written.kind == "U" else written.name,
         "shape": list(schema.row_shape) if one_shape else None,
+    }
+
+
+def list_entry(schema: ColumnSchema) -> dict[str, Any]:
+    """A column of text or bytes that is written as such, one value a row."""
+    return {
+        "recorded": recorded_label(schema),
+        "written": "string" if schema.is_text else "binary",
+        "shape": [],
     }
 
 
@@ -43,7 +60,7 @@ def ranks_entry(trace_dir: Path, ranks: list[RankSummary]) -> list[dict[str, Any
             "rank": summary.rank,
             "rows": summary.rows,
             "last_call": summary.last_call,
-            "writing": _core.is_locked(str(layout.rank_directory(trace_dir, summary.rank) / "writer.lock")),
+            "writing": is_writing(layout.rank_directory(trace_dir, summary.rank)),
         }
         for summary in ranks
     ]

@@ -20,14 +20,16 @@ class Progress:
     Args:
         progress: True or False; None: a line on standard error if it is a terminal; or a callable that takes
             (bytes done, bytes in all).
+        label: What the line says is going on.
     """
 
-    def __init__(self, progress: bool | ProgressCallback | None) -> None:
+    def __init__(self, progress: bool | ProgressCallback | None, label: str = "export") -> None:
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
             raise InvalidTypeError(
                 f"progress must be a bool, a callable or None, got {type(progress).__name__}",
                 "pass a function of (bytes done, bytes in all)",
             )
+        self._label = label
         self._callback = progress if callable(progress) else None
         if progress is None:
             progress = bool(sys.stderr is not None and sys.stderr.isatty())
@@ -52,12 +54,16 @@ class Progress:
 
     def advance(self, length_bytes: int) -> None:
         """Count some more bytes."""
-        self._done_bytes += length_bytes
+        self.show(self._done_bytes + length_bytes, self._total_bytes)
+
+    def show(self, done_bytes: int, total_bytes: int) -> None:
+        """So many bytes of so many are done."""
+        self._done_bytes, self._total_bytes = done_bytes, total_bytes
         if self._callback is not None:
             self._callback(self._done_bytes, max(self._total_bytes, self._done_bytes))
         now = time.monotonic()
         if self._shows and (now - self._shown_at >= _INTERVAL_S or self._done_bytes >= self._total_bytes):
             self._shown_at, self._is_shown = now, True
             share = 100 * self._done_bytes // max(self._total_bytes, 1)
-            sys.stderr.write(f"\rexport: {min(share, 100):3d} % of {self._total_bytes / 1e6:.1f} MB")
+            sys.stderr.write(f"\r{self._label}: {min(share, 100):3d} % of {self._total_bytes / 1e6:.1f} MB")
             sys.stderr.flush()

@@ -155,6 +155,11 @@ class VariedSpool:
         if self._schema.is_text:
             texts = [value for value in values if value is not None] if self._schema.missing else values
             self._schema.extent.add(texts)
+            if not self._schema.missing and (whole := "".join(texts)).isascii():
+                lengths = np.fromiter(map(len, texts), "<i8", len(texts))
+                return RaggedRows(
+                    np.frombuffer(whole.encode(), np.uint8), _UINT8, lengths, lengths.reshape(-1, 1)
+                )
             encoded = [None if value is None else value.encode() for value in values]
         shapes = None
         if self._schema.missing:
@@ -191,8 +196,19 @@ class VariedSpool:
             for lengths in self._parts_of(self._lengths, 1):
                 ends = np.cumsum(lengths[:, 0]).tolist()
                 encoded = self._values.read(ends[-1])
-                texts = [encoded[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
-                part = np.array(texts, dtype)
+                if encoded.isascii():
+                    part = _ascii_texts(encoded, lengths, dtype)
+                else:
+                    bounds = zip([0, *ends], ends, strict=False)
+                    part = np.array([encoded[start:end].decode() for start, end in bounds], dtype)
                 member.write(part)
                 progress.advance(part.nbytes)
         return column_entry(self._schema, dtype, one_shape=True)
+
+
+def _ascii_texts(encoded: bytes, lengths: Array, dtype: np.dtype[Any]) -> Array:
+    """ASCII texts, one after the other, as numpy text: one character a code point, padded with NUL."""
+    width = dtype.itemsize // 4
+    codes = np.zeros((len(lengths), width), "<u4")
+    codes[np.arange(width) < lengths] = np.frombuffer(encoded, np.uint8)
+    return codes.view(dtype)[:, 0]

@@ -12,6 +12,7 @@ from ml_debugger.trace.catalog import SegmentRef, Snapshot
 from ml_debugger.trace.columns import KeptCall, PieceReader, read_columns
 from ml_debugger.trace.dtypes import Array, RecordedDtype, recorded_dtype, widen
 from ml_debugger.trace.header import INLINE, Call, Piece
+from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema
 from ml_debugger.trace.store_source import BLOCK_BYTES, Choice
 
@@ -70,6 +71,7 @@ def dense_stream(choice: Choice, schema: ColumnSchema) -> Iterator[Array]:
             yield values.reshape(-1)
             continue
         dtype, found = pieces
+        assert isinstance(kept.call, Call)
         for piece in found:
             full = block is not None and (
                 block.length_bytes + piece.length_bytes > BLOCK_BYTES or block.dtype != dtype
@@ -87,7 +89,7 @@ def dense_stream(choice: Choice, schema: ColumnSchema) -> Iterator[Array]:
 def _whole_pieces(kept: KeptCall, schema: ColumnSchema) -> tuple[RecordedDtype, list[Piece]] | None:
     """Pieces that hold all rows, element by element; None where rows have to be picked or repeated."""
     column = kept.call.description.column(schema.table, schema.name)
-    if column is None or column.broadcast or kept.keep is not None:
+    if column is None or column.broadcast or kept.keep is not None or isinstance(kept.call, CallRun):
         return None
     dtype = recorded_dtype(column.dtype)
     pieces = kept.call.pieces(column.capture)

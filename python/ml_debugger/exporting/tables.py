@@ -17,7 +17,7 @@ from ml_debugger.trace.store_source import Choice, call_blocks
 
 # A pass over the headers costs time by the call, a spool by the byte: columns with few bytes a call share one
 # pass.
-_SPOOLED_BYTES_A_CALL = 8 << 10
+_SPOOLED_BYTES_A_CALL = 1 << 10
 _SPOOLED_BYTES = 4 << 20
 
 

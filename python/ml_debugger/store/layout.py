@@ -32,6 +32,11 @@ NO_EPOCH = -1
 MAX_RANKS = 1 << 14
 MAX_ATTEMPTS = 1 << 13
 
+LOCK_FILE = "writer.lock"
+DATA_FILE = "data.mdb"
+SEALED_FILE = "sealed.json"
+SEGMENT_FILE = "segment.json"
+
 _VERSION_FILE = "version.json"
 _ATTEMPTS_FILE = "attempts.json"
 _SLUG_CHARACTERS = 40
@@ -154,14 +159,14 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
     entries = []
     for match, path in _matching(partition_dir, _SEGMENT):
         try:
-            description = _read_json(path / "segment.json")
+            description = read_json(path / SEGMENT_FILE)
         except CorruptDataError:
             entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed=False, usable=False))
             continue
         if description is None:
             continue
-        check_format_version(description, path / "segment.json")
-        sealed = (path / "sealed.json").exists()
+        check_format_version(description, path / SEGMENT_FILE)
+        sealed = (path / SEALED_FILE).exists()
         torn = description.get("durability") != "power" and description.get("boot_id") != boot_id()
         entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed, sealed or not torn))
     return sorted(entries)
@@ -189,7 +194,7 @@ def read_version(trace_dir: Path) -> VersionInfo:
         CorruptDataError: Not readable as one, or of a newer format.
     """
     path = trace_dir / _VERSION_FILE
-    document = _read_json(path)
+    document = read_json(path)
     if document is None:
         raise NotFoundError(f"no trace at {trace_dir}", "check data_dir, model name and version name")
     check_format_version(document, path)
@@ -355,7 +360,7 @@ def _matching(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[
 
 def _read_attempts(rank_dir: Path) -> list[dict[str, Any]]:
     path = rank_dir / _ATTEMPTS_FILE
-    document = _read_json(path)
+    document = read_json(path)
     if document is None:
         return []
     check_format_version(document, path)
@@ -367,7 +372,7 @@ def _read_attempts(rank_dir: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None if there is no file."""
     try:
         document = json.loads(path.read_bytes())

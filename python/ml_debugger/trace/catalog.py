@@ -15,23 +15,38 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, NotFoundError
 from ml_debugger.store import layout
 from ml_debugger.trace.header import INLINE, Call, Gap, HeaderDecoder
+from ml_debugger.trace.newest import Mask
+from ml_debugger.trace.runs import CallRun, scan
 
 _HEADERS_A_STEP = 256
 _TRIES = 5
 
 _Result = TypeVar("_Result")
+_Keys: TypeAlias = "npt.NDArray[np.uint64]"
 
 
 class VanishedError(NotFoundError):
     """What was being read has been dropped."""
+
+
+# (rank, epoch, attempt, sequence)
+SegmentKey: TypeAlias = tuple[int, int, int, int]
+
+
+class SegmentLookup(Protocol):
+    """Knows where the pieces of calls lie."""
+
+    def segment(self, call: Call | CallRun, sequence: int) -> SegmentRef:
+        """The segment that holds a piece of a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +140,23 @@ class _Stream:
     ref: SegmentRef
     keys: array[int] = field(default_factory=lambda: array("Q"))
 
+    def runs(self) -> Iterator[Call | CallRun]:
+        """The same calls as `calls`, those that are alike together."""
+        wanted = np.frombuffer(self.keys, np.uint64)
+        left = len(wanted)
+        for header in _scanned(self.ref, self.keys[0], is_checked=True):
+            if isinstance(header, CallRun):
+                run = header.select(_among(wanted, header.keys))
+                if run is not None:
+                    left -= len(run.keys)
+                    yield run
+            elif isinstance(header, Call) and _among(wanted, np.array([header.call], np.uint64))[0]:
+                left -= 1
+                yield header
+            if not left:
+                return
+        raise self._incomplete(int(wanted[-left]))
+
     def calls(self) -> Iterator[Call]:
         position = 0
         while position < len(self.keys):
@@ -150,11 +182,13 @@ class _Stream:
                     break
                 after = headers[-1][0]
         if not calls:
-            raise CorruptDataError(
-                f"the header of call {self.keys[position]} has left {self.ref.path}",
-                "restore the segment from a copy",
-            )
+            raise self._incomplete(self.keys[position])
         return calls
+
+    def _incomplete(self, key: int) -> CorruptDataError:
+        return CorruptDataError(
+            f"the header of call {key} has left {self.ref.path}", "restore the segment from a copy"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +207,14 @@ class Snapshot:
         self,
         trace_dir: Path,
         n_epoch: int | None = None,
-        accept: Callable[[Call], bool] = lambda call: True,
+        accept: Callable[[Call | CallRun], bool] = lambda call: True,
     ) -> None:
         """List and decode every header once.
 
         Args:
             trace_dir: Directory of the (model, version).
             n_epoch: The epoch; -1: rows without one; None: all.
-            accept: Called for every call, in no particular order; calls it refuses are left out.
+            accept: Called for every call or run, in no particular order; what it refuses is left out.
 
         Raises:
             VanishedError: An epoch was dropped meanwhile; use `retry_vanished`.
@@ -188,8 +222,8 @@ class Snapshot:
         """
         self.gaps: list[Gap] = []
         self.ranks: list[RankSummary] = []
-        self._segments: dict[tuple[int, int, int, int], SegmentRef] = {}
-        self._torn: set[tuple[int, int, int, int]] = set()
+        self.segments: dict[SegmentKey, SegmentRef] = {}
+        self._torn: set[SegmentKey] = set()
         self._groups: dict[tuple[int, int], list[_Stream]] = {}
         self._accept = accept
         for rank, rank_dir in layout.rank_directories(trace_dir):
@@ -208,16 +242,27 @@ class Snapshot:
             else:
                 yield from heapq.merge(*chains, key=lambda call: (call.call, call.rank))
 
+    def runs(self) -> Iterator[Call | CallRun]:
+        """As `calls`, with calls together that are alike and follow one another."""
+        for group in sorted(self._groups):
+            chains = _chains(self._groups[group])
+            if len(chains) == 1:
+                for stream in chains[0]:
+                    yield from stream.runs()
+            else:  # several ranks: their calls take turns
+                merged = [_chained(chain) for chain in chains]
+                yield from heapq.merge(*merged, key=lambda call: (call.call, call.rank))
+
     @property
     def num_calls(self) -> int:
         """Number of calls."""
         return sum(len(stream.keys) for streams in self._groups.values() for stream in streams)
 
-    def segment(self, call: Call, sequence: int) -> SegmentRef:
+    def segment(self, call: Call | CallRun, sequence: int) -> SegmentRef:
         """The segment that holds a piece of a call."""
-        return self._segments[call.rank, call.epoch, call.attempt, sequence]
+        return self.segments[call.rank, call.epoch, call.attempt, sequence]
 
-    def check_exists(self, call: Call) -> None:
+    def check_exists(self, call: Call | CallRun) -> None:
         """Raise VanishedError if the call has been dropped."""
         self.segment(call, call.sequence).check_exists()
 
@@ -227,7 +272,7 @@ class Snapshot:
             if n_epoch is not None and partition.epoch != n_epoch:
                 continue
             usable, torn = _partition_segments(rank, partition)
-            self._segments.update({(ref.rank, ref.epoch, ref.attempt, ref.sequence): ref for ref in usable})
+            self.segments.update({(ref.rank, ref.epoch, ref.attempt, ref.sequence): ref for ref in usable})
             self._torn.update((rank, partition.epoch, entry.attempt, entry.sequence) for entry in torn)
             claimed = 0
             for attempt in sorted({ref.attempt for ref in usable}):
@@ -254,25 +299,31 @@ class Snapshot:
         # succeeded.
         for ref in reversed(refs):
             stream = _Stream(ref)
-            decoder = _decoder(ref)
-            for key, value in _headers(ref):
-                header = decoder.decode(key, value)
+            for header in _scanned(ref):
                 if isinstance(header, Gap):
                     gaps[header.first_call] = header
                     continue
-                if _contains(later, key) or not self._is_readable(ref, header):
+                found = self._unseen(ref, header, later)
+                if found is None:
                     continue
-                claimed += sum(chunk[3] for chunk in header.chunks if chunk[1] != INLINE)
-                if self._accept(header):
-                    stream.keys.append(key)
-                    rows += header.rows
-                    last_call = max(last_call, key)
+                claimed += found.chunk_bytes
+                if self._accept(found):
+                    stream.keys.frombytes(_keys(found).tobytes())
+                    rows += found.rows
+                    last_call = max(last_call, stream.keys[-1])
             if stream.keys:
                 self._groups.setdefault((ref.epoch, ref.attempt), []).append(stream)
                 if ref is not refs[0]:
                     later = np.union1d(later, np.frombuffer(stream.keys, np.uint64))
         self.gaps.extend(gaps[first_call] for first_call in sorted(gaps))
         return rows, last_call, claimed
+
+    def _unseen(self, ref: SegmentRef, header: Call | CallRun, later: _Keys) -> Call | CallRun | None:
+        """Of some calls those that no later segment holds too, and that can be read."""
+        fresh = ~_among(later, _keys(header))
+        if isinstance(header, CallRun):
+            return header.select(fresh)
+        return header if fresh[0] and self._is_readable(ref, header) else None
 
     def _is_readable(self, ref: SegmentRef, call: Call) -> bool:
         for _, sequence, *_ in call.chunks:
@@ -281,13 +332,31 @@ class Snapshot:
             identity = (ref.rank, ref.epoch, ref.attempt, sequence)
             if identity in self._torn:
                 return False
-            if identity not in self._segments:
+            if identity not in self.segments:
                 ref.check_exists()
                 raise CorruptDataError(
                     f"call {call.call} in {ref.path} has bytes in segment {sequence}, which is not there",
                     "restore the segment from a copy, or drop the epoch",
                 )
         return True
+
+
+def read_call(ref: SegmentRef, key: int) -> Call:
+    """Read one call again whose key was listed before.
+
+    Raises:
+        VanishedError: Its segment has been dropped.
+        CorruptDataError: It is not there any more.
+    """
+    with ref.opened() as segment:
+        headers = segment.headers(key - 1 if key else None, 1)
+    if not headers or headers[0][0] != key:
+        raise CorruptDataError(
+            f"the header of call {key} has left {ref.path}", "restore the segment from a copy"
+        )
+    call = _decoder(ref).decode(*headers[0], is_checked=True)
+    assert isinstance(call, Call)
+    return call
 
 
 def _chains(streams: list[_Stream]) -> list[list[_Stream]]:
@@ -307,11 +376,17 @@ def _chained(chain: list[_Stream]) -> Iterator[Call]:
         yield from stream.calls()
 
 
-def _contains(sorted_keys: np.ndarray[tuple[int], np.dtype[np.uint64]], key: int) -> bool:
-    if not sorted_keys.size or key < sorted_keys[0]:
-        return False
-    position = int(np.searchsorted(sorted_keys, np.uint64(key)))
-    return position < sorted_keys.size and int(sorted_keys[position]) == key
+def _keys(header: Call | CallRun) -> _Keys:
+    return header.keys if isinstance(header, CallRun) else np.array([header.call], np.uint64)
+
+
+def _among(sorted_keys: _Keys, keys: _Keys) -> Mask:
+    """Which of ``keys`` stand in ``sorted_keys``."""
+    if not sorted_keys.size:
+        return np.zeros(keys.size, np.bool_)
+    positions = np.minimum(np.searchsorted(sorted_keys, keys), sorted_keys.size - 1)
+    found: Mask = sorted_keys[positions] == keys
+    return found
 
 
 def _partition_segments(
@@ -341,6 +416,20 @@ def _partition_segments(
 
 def _decoder(ref: SegmentRef) -> HeaderDecoder:
     return HeaderDecoder(ref.rank, ref.epoch, ref.attempt, ref.sequence)
+
+
+def _scanned(
+    ref: SegmentRef, first_key: int = 0, *, is_checked: bool = False
+) -> Iterator[Call | Gap | CallRun]:
+    """Calls and gaps from a key on; the segment is open only while a step is fetched."""
+    decoder = _decoder(ref)
+    after: int | None = first_key - 1 if first_key else None
+    while True:
+        with ref.opened() as segment:
+            headers, after = scan(segment, decoder, after, is_checked=is_checked)
+        if after is None:
+            return
+        yield from headers
 
 
 def _headers(ref: SegmentRef) -> Iterator[tuple[int, bytes]]:

@@ -12,10 +12,11 @@ import msgpack
 import numpy as np
 
 from ml_debugger.errors import CorruptDataError
-from ml_debugger.trace.catalog import SegmentRef, Snapshot
+from ml_debugger.trace.catalog import SegmentLookup, SegmentRef
 from ml_debugger.trace.dtypes import Array, RecordedDtype, recorded_dtype, widen
 from ml_debugger.trace.header import INLINE, Call, ColumnDescription, Piece
 from ml_debugger.trace.newest import Mask
+from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema
 
 _UINT8 = RecordedDtype("uint8", np.dtype("u1"), np.dtype("u1"))
@@ -68,9 +69,9 @@ ColumnValues: TypeAlias = "Array | list[Any]"
 
 @dataclass(frozen=True, slots=True)
 class KeptCall:
-    """A call and which of its rows are wanted; None: all."""
+    """A call, or a run of them, and which of its rows are wanted; None: all."""
 
-    call: Call
+    call: Call | CallRun
     keep: Mask | None
     rows: int
 
@@ -78,18 +79,24 @@ class KeptCall:
 class PieceReader:
     """Collects which pieces go where, then reads them segment by segment, each one opened once."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
+    def __init__(self, segments: SegmentLookup) -> None:
+        self._segments = segments
         self._wanted: dict[SegmentRef, list[tuple[Array, list[tuple[int, int, int, int]]]]] = {}
+        self._runs: dict[SegmentRef, dict[int, tuple[CallRun, list[tuple[int, Array]]]]] = {}
 
-    def add(self, call: Call, capture: int, out: Array, offset: int = 0) -> None:
+    def add(self, call: Call | CallRun, capture: int, out: Array, offset: int = 0) -> None:
         """Ask for a capture at ``offset`` of ``out``, which is uint8, contiguous, and filled by `run`."""
+        if isinstance(call, CallRun):
+            runs = self._runs.setdefault(self._segments.segment(call, call.sequence), {})
+            _, targets = runs.setdefault(id(call), (call, []))
+            targets.append((capture, out[offset : offset + call.capture_bytes(capture)]))
+            return
         for piece in call.pieces(capture):
             if piece.segment == INLINE:
                 stop = offset + piece.length_bytes
                 out[offset:stop] = np.frombuffer(call.inline, np.uint8, piece.length_bytes, piece.key)
             elif piece.length_bytes:
-                self.add_piece(self._snapshot.segment(call, piece.segment), piece, out, offset)
+                self.add_piece(self._segments.segment(call, piece.segment), piece, out, offset)
             offset += piece.length_bytes
 
     def add_piece(self, ref: SegmentRef, piece: Piece, out: Array, offset: int) -> None:
@@ -106,14 +113,19 @@ class PieceReader:
             VanishedError: A segment has been dropped.
             CorruptDataError: Wrong lengths or checksums.
         """
-        for ref, reads in self._wanted.items():
+        for ref in dict.fromkeys([*self._wanted, *self._runs]):
             with ref.opened() as segment:
-                for out, chunks in reads:
+                for out, chunks in self._wanted.get(ref, ()):
                     segment.read(chunks, out.data)
+                for run, targets in self._runs.get(ref, {}).values():
+                    segment.gather(
+                        run.keys.data, [(capture, out.data) for capture, out in targets if out.size]
+                    )
         self._wanted.clear()
+        self._runs.clear()
 
 
-def column_bytes(call: Call, schema: ColumnSchema) -> int:
+def column_bytes(call: Call | CallRun, schema: ColumnSchema) -> int:
     """Bytes that reading a column of a call takes, about."""
     column = call.description.column(schema.table, schema.name)
     return call.capture_bytes(column.capture) if column is not None else 8 * call.rows
@@ -125,7 +137,7 @@ def as_bytes(values: Array) -> Array:
 
 
 def read_columns(
-    snapshot: Snapshot,
+    segments: SegmentLookup,
     calls: list[KeptCall],
     schemas: list[ColumnSchema],
     *,
@@ -135,7 +147,7 @@ def read_columns(
     """Read some columns of consecutive calls in one step.
 
     Args:
-        snapshot: Where the calls come from.
+        segments: Where the pieces of the calls lie; a `Snapshot`.
         calls: The calls, with the rows that are wanted.
         schemas: The columns.
         raw: Give elements as they were stored where a column has one dtype, instead of widened.
@@ -146,7 +158,7 @@ def read_columns(
         CorruptDataError: Stored bytes are not what was written.
         StorageError: A column of several dtypes has no common one.
     """
-    reader = PieceReader(snapshot)
+    reader = PieceReader(segments)
     finishes: dict[str, Callable[[], ColumnValues]] = {}
     for schema in schemas:
         if schema.name in _DERIVED:
@@ -176,7 +188,7 @@ def _derived(name: str, calls: list[KeptCall], out: Array | None) -> Callable[[]
             if name == "n_epoch":
                 target[:] = kept.call.epoch
             else:
-                numbers = np.arange(kept.call.first_row, kept.call.first_row + kept.call.rows)
+                numbers = kept.call.row_ids
                 target[:] = numbers if kept.keep is None else numbers[kept.keep]
             row += kept.rows
         return values
@@ -201,7 +213,7 @@ def _dense(
     values = np.empty((sum(kept.rows for kept in calls), *schema.row_shape), dtype) if out is None else out
     flat = as_bytes(values)
     row_bytes = math.prod(schema.row_shape) * dtype.itemsize
-    later: list[tuple[Array, Array, RecordedDtype, Mask | None]] = []
+    later: list[tuple[Array, KeptCall, ColumnDescription, Array]] = []
     row = 0
     for kept in calls:
         column = _described(kept.call, schema)
@@ -212,13 +224,16 @@ def _dense(
         if stays and kept.keep is None and not column.broadcast:
             reader.add(kept.call, column.capture, flat, (row - kept.rows) * row_bytes)
             continue
-        stored = np.empty((1 if column.broadcast else kept.call.rows, *schema.row_shape), recorded.raw)
+        stored = np.empty((_stored_samples(kept.call, column), *schema.row_shape), recorded.raw)
         reader.add(kept.call, column.capture, as_bytes(stored))
-        later.append((target, stored, recorded, None if column.broadcast else kept.keep))
+        later.append((target, kept, column, stored))
 
     def finish() -> ColumnValues:
-        for target, stored, recorded, keep in later:
-            kept_rows = stored if keep is None else stored[keep]
+        for target, kept, column, stored in later:
+            recorded = recorded_dtype(column.dtype)
+            if column.broadcast:
+                stored = np.repeat(stored, _repeats(kept.call), axis=0)
+            kept_rows = stored if kept.keep is None else stored[kept.keep]
             # Raw elements of one dtype travel as they are; everything else becomes numbers of the common
             # type.
             target[...] = kept_rows if stored.dtype == dtype and raw else widen(kept_rows, recorded)
@@ -249,19 +264,39 @@ def _lists(reader: PieceReader, calls: list[KeptCall], schema: ColumnSchema) -> 
     return finish
 
 
-def _unpack_list(call: Call, column: ColumnDescription, buffer: Array) -> list[Any]:
+def _stored_samples(call: Call | CallRun, column: ColumnDescription) -> int:
+    """How many samples a capture holds: one a row, or one a call."""
+    return len(_repeats(call)) if column.broadcast else call.rows
+
+
+def _repeats(call: Call | CallRun) -> Array:
+    """Rows of each call."""
+    return call.counts if isinstance(call, CallRun) else np.array([call.rows])
+
+
+def _unpack_list(call: Call | CallRun, column: ColumnDescription, buffer: Array) -> list[Any]:
     if column.dtype:
         texts = list(map(str, buffer.view(recorded_dtype(column.dtype).raw).tolist()))
-        return texts * call.rows if column.broadcast else texts
+        return np.repeat(np.array(texts, object), _repeats(call)).tolist() if column.broadcast else texts
     expected = str if column.type == "str" else bytes
+    unpacker = msgpack.Unpacker(max_buffer_size=max(buffer.size, 1))
+    unpacker.feed(buffer.data)
     try:
-        values = msgpack.unpackb(buffer.data)
+        arrays = list(unpacker)  # one a call
+        if unpacker.tell() != buffer.size:
+            raise ValueError("an array is cut off")
     except (ValueError, msgpack.UnpackException) as error:
         raise _damaged(call, column, str(error)) from error
-    samples = 1 if column.broadcast else call.rows
-    if not isinstance(values, list) or len(values) != samples or not set(map(type, values)) <= {expected}:
-        raise _damaged(call, column, f"expected {samples} values of type {expected.__name__}")
-    return values * call.rows if column.broadcast else values
+    counts = _repeats(call).tolist()
+    samples = [1] * len(counts) if column.broadcast else counts
+    if not set(map(type, arrays)) <= {list} or list(map(len, arrays)) != samples:
+        raise _damaged(call, column, f"expected {sum(samples)} values in {len(counts)} arrays")
+    if column.broadcast:
+        arrays = [array * rows for array, rows in zip(arrays, counts, strict=True)]
+    values = list(itertools.chain.from_iterable(arrays))
+    if not set(map(type, values)) <= {expected}:
+        raise _damaged(call, column, f"expected values of type {expected.__name__}")
+    return values
 
 
 def _ragged(
@@ -303,7 +338,7 @@ def _missing_rows(rows: int) -> RaggedRows:
     )
 
 
-def _ragged_rows(call: Call, column: ColumnDescription, stored: Array, shapes: Array) -> RaggedRows:
+def _ragged_rows(call: Call | CallRun, column: ColumnDescription, stored: Array, shapes: Array) -> RaggedRows:
     dtype = recorded_dtype(column.dtype)
     if stored.size % dtype.raw.itemsize:
         raise _damaged(call, column, f"{stored.size} bytes are no whole number of {dtype.name}")
@@ -311,16 +346,17 @@ def _ragged_rows(call: Call, column: ColumnDescription, stored: Array, shapes: A
     rows_shapes = ragged_shapes(call, column, shapes)
     lengths = _lengths(call, column, rows_shapes)
     if column.broadcast:
-        values, lengths = np.tile(values, call.rows), np.repeat(lengths, call.rows)
-        rows_shapes = np.repeat(rows_shapes, call.rows, axis=0)
+        repeats = _repeats(call)
+        values = np.repeat(values.reshape(len(repeats), -1), repeats, axis=0).reshape(-1)
+        lengths, rows_shapes = np.repeat(lengths, repeats), np.repeat(rows_shapes, repeats, axis=0)
     if lengths.sum() != values.size:
         raise _damaged(call, column, f"its shapes name {lengths.sum()} elements, there are {values.size}")
     return RaggedRows(values, dtype, lengths, rows_shapes)
 
 
-def ragged_shapes(call: Call, column: ColumnDescription, shapes: Array) -> Array:
+def ragged_shapes(call: Call | CallRun, column: ColumnDescription, shapes: Array) -> Array:
     """Shapes of the stored samples, int64 (samples, ndim), from the bytes of the shapes capture if any."""
-    samples = 1 if column.broadcast else call.rows
+    samples = _stored_samples(call, column)
     if column.row_shape is not None:
         return np.tile(np.array(column.row_shape, np.int64), (samples, 1)).reshape(
             samples, len(column.row_shape)
@@ -328,7 +364,7 @@ def ragged_shapes(call: Call, column: ColumnDescription, shapes: Array) -> Array
     return shapes.view("<i8").reshape(samples, -1) if samples else np.empty((0, 0), np.int64)
 
 
-def _lengths(call: Call, column: ColumnDescription, shapes: Array) -> Array:
+def _lengths(call: Call | CallRun, column: ColumnDescription, shapes: Array) -> Array:
     padding = shapes == -1
     if (shapes < -1).any() or (padding[:, 1:] & ~padding[:, :-1]).any():
         raise _damaged(call, column, "its shapes are no shapes")
@@ -339,13 +375,13 @@ def _lengths(call: Call, column: ColumnDescription, shapes: Array) -> Array:
     return lengths
 
 
-def _described(call: Call, schema: ColumnSchema) -> ColumnDescription:
+def _described(call: Call | CallRun, schema: ColumnSchema) -> ColumnDescription:
     column = call.description.column(schema.table, schema.name)
     assert column is not None, "a dense column is in every call"
     return column
 
 
-def _damaged(call: Call, column: ColumnDescription, problem: str) -> CorruptDataError:
+def _damaged(call: Call | CallRun, column: ColumnDescription, problem: str) -> CorruptDataError:
     return CorruptDataError(
         f"column {column.name!r} of call {call.call} (rank {call.rank}, attempt {call.attempt}) is damaged: "
         + problem,

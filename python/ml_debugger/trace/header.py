@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgpack
+import numpy as np
 
 from ml_debugger.errors import CorruptDataError
-from ml_debugger.trace.dtypes import FIELD_DTYPES, recorded_dtype
+from ml_debugger.trace.dtypes import FIELD_DTYPES, Array, recorded_dtype
 
 TABLES = ("extracted_feature", "ground_truth")
 FEATURES, GROUND_TRUTH = TABLES
@@ -106,6 +107,16 @@ class Call:
     inline: bytes
     description: CallDescription
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes that lie outside of the header."""
+        return sum(chunk[3] for chunk in self.chunks if chunk[1] != INLINE)
+
+    @property
+    def row_ids(self) -> Array:
+        """``row_id`` of every row."""
+        return np.arange(self.first_row, self.first_row + self.rows)
+
     def pieces(self, capture: int) -> list[Piece]:
         """The pieces of a capture, in order."""
         return [Piece(*chunk[1:]) for chunk in self.chunks if chunk[0] == capture]
@@ -131,6 +142,20 @@ class HeaderDecoder:
         self._identity = (rank, epoch, attempt)
         self._sequence = sequence
         self._descriptions: dict[bytes, CallDescription] = {}
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """(rank, epoch, attempt) of the calls that are expected."""
+        return self._identity
+
+    @property
+    def sequence(self) -> int:
+        """Number of the segment."""
+        return self._sequence
+
+    def describe(self, encoded: bytes, rows: int) -> CallDescription:
+        """Decode the description of a call with so many rows; raises as msgpack and lookups do."""
+        return self._description(encoded, rows)
 
     def decode(self, key: int, value: bytes, *, is_checked: bool = False) -> Call | Gap:
         """Decode one header; ``is_checked``: it was decoded before, so its numbers need not be checked again.

@@ -72,6 +72,14 @@ class ExportArchive:
             found = self._arrays[name] = self._decode(name, self._verified(name))
         return found
 
+    def member(self, name: str) -> memoryview:
+        """A member's bytes, over the memory map.
+
+        Raises:
+            CorruptDataError: The member is missing, or not what the manifest says.
+        """
+        return self._verified(name)
+
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 

@@ -10,6 +10,7 @@ import numpy as np
 from ml_debugger.errors import StorageError
 from ml_debugger.trace.dtypes import FIELD_DTYPES, common_written_dtype, recorded_dtype
 from ml_debugger.trace.header import Call, CallDescription, ColumnDescription
+from ml_debugger.trace.runs import CallRun
 
 BASE_COLUMNS = ("row_id", "input_id", "dataset_type", "n_epoch")
 MAX_TEXT_CHARACTERS = 256
@@ -143,7 +144,7 @@ class SchemaCollector:
         self._rows: dict[str, int] = {}
         self._pending: dict[int, tuple[CallDescription, dict[str, int]]] = {}
 
-    def add(self, call: Call, rows: int) -> None:
+    def add(self, call: Call | CallRun, rows: int) -> None:
         """Take in ``rows`` rows of a call (all of them, or those that were kept)."""
         # Calls share descriptions; so rows are only counted here. Keeping the description keeps its id
         # unique.
@@ -152,7 +153,7 @@ class SchemaCollector:
             if len(self._pending) >= _MAX_PENDING:
                 self._flush()
             pending = self._pending[id(call.description)] = (call.description, {})
-        if call.description.has_shapes:
+        if call.description.has_shapes and isinstance(call, Call):  # a run has no such rows
             self._add_shapes(call)
         counts = pending[1]
         counts["extracted_feature"] = counts.get("extracted_feature", 0) + rows

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ml_debugger.errors import InvalidInputError
+from ml_debugger.trace.arguments import RowFilter
 from ml_debugger.trace.columns import ColumnValues
 from ml_debugger.trace.dtypes import Array
 from ml_debugger.trace.schema import ColumnSchema
@@ -25,6 +26,23 @@ class RowBlock:
     rows: int
     values: dict[str, ColumnValues]
     check_exists: Callable[[], None]
+
+
+class RowIndex(Protocol):
+    """Random access to the rows of a selection, block by block; can be pickled, and holds nothing open."""
+
+    def __len__(self) -> int:
+        """How many rows."""
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Which block holds a row, and at which position."""
+
+    def read(self, block: int) -> dict[str, ColumnValues]:
+        """Read a block, raw where a column has one dtype.
+
+        Raises:
+            NotFoundError: It has been dropped.
+        """
 
 
 class Selection(Protocol):
@@ -58,6 +76,9 @@ class Selection(Protocol):
             max_rows: End a block when it has so many rows (or a whole call more); None: by size alone.
         """
 
+    def row_index(self, schemas: Sequence[ColumnSchema]) -> RowIndex:
+        """The same rows by number."""
+
 
 class Source(Protocol):
     """A trace on disk or in an export."""
@@ -83,7 +104,7 @@ class Source(Protocol):
     def columns(self, table: str) -> list[str]:
         """Names of the columns of a table."""
 
-    def select(self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool) -> Selection:
+    def select(self, table: str, wanted: RowFilter) -> Selection:
         """Rows of a table."""
 
 

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from ml_debugger.store import layout
+from ml_debugger.trace.arguments import RowFilter
 from ml_debugger.trace.catalog import Snapshot, list_epochs, retry_vanished
 from ml_debugger.trace.columns import KeptCall, column_bytes, read_columns
 from ml_debugger.trace.dtypes import FIELD_DTYPES, Array
 from ml_debugger.trace.header import FEATURES, GROUND_TRUTH, Call
 from ml_debugger.trace.newest import Mask, NewestRows
+from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema, SchemaCollector, TextExtent, base_schema
 from ml_debugger.trace.source import RowBlock, pick_schemas
+from ml_debugger.trace.store_rows import StoreRows
 
 BLOCK_BYTES = 8 << 20
 _MAX_CALLS_A_BLOCK = 512
@@ -25,8 +28,15 @@ _MAX_CALLS_A_BLOCK = 512
 class Choice:
     """The rows of both tables that a reader asked for: a snapshot, and which rows of it are kept."""
 
-    def __init__(self, trace_dir: Path, n_epoch: int | None, dataset_type: str | None, dedupe: bool) -> None:
-        """Read every header once, and every ``input_id`` if ``dedupe``.
+    def __init__(
+        self,
+        trace_dir: Path,
+        n_epoch: int | None,
+        dataset_type: str | None,
+        dedupe: bool,
+        input_ids: frozenset[str] | None = None,
+    ) -> None:
+        """Read every header once, and every ``input_id`` if ``dedupe`` or ``input_ids`` ask for it.
 
         Raises:
             VanishedError: An epoch was dropped meanwhile; use `retry_vanished`.
@@ -35,7 +45,7 @@ class Choice:
         self._trace_dir = trace_dir
         self._rows_by_epoch: Counter[int] = Counter()
 
-        def accept(call: Call) -> bool:
+        def accept(call: Call | CallRun) -> bool:
             if dataset_type is not None and call.description.dataset_type != dataset_type:
                 return False
             self._rows_by_epoch[call.epoch] += call.rows
@@ -46,8 +56,11 @@ class Choice:
         self._keep: Mask | None = None
         if dedupe:
             self._keep = self._newest()
-            if not self._keep.all():
-                self._collect_kept()
+        if input_ids is not None:
+            having = self._having(input_ids)
+            self._keep = having if self._keep is None else self._keep & having
+        if self._keep is not None and not self._keep.all():
+            self._collect_kept()
 
     @property
     def recorded_rows(self) -> int:
@@ -63,10 +76,10 @@ class Choice:
         """Rows of a table that are kept."""
         return self._collector.rows(table)
 
-    def kept_calls(self, table: str) -> Iterator[KeptCall]:
-        """Calls that have kept rows in a table, in row order."""
+    def kept_calls(self, table: str, *, in_runs: bool = True) -> Iterator[KeptCall]:
+        """Calls that have kept rows in a table, in row order; ``in_runs``: those that are alike together."""
         first = 0
-        for call in self.snapshot.calls():
+        for call in self.snapshot.runs() if in_runs else self.snapshot.calls():
             keep = None if self._keep is None else self._keep[first : first + call.rows]
             first += call.rows
             if table == GROUND_TRUTH and not call.ground_truth_rows:
@@ -83,27 +96,41 @@ class Choice:
                 schemas.setdefault(name, schema)
         return schemas
 
+    def _calls_with_ids(self) -> Iterator[tuple[Call | CallRun, list[str]]]:
+        """Every call or run of the snapshot in row order, with the ids of all its rows."""
+        schema = base_schema("input_id", FEATURES, 0)
+        whole = (KeptCall(call, None, call.rows) for call in self.snapshot.runs())
+        for block in call_blocks(whole, [schema]):
+            ids = list(read_columns(self.snapshot, block, [schema], raw=True)["input_id"])
+            position = 0
+            for kept in block:
+                yield kept.call, ids[position : position + kept.rows]
+                position += kept.rows
+
     def _newest(self) -> Mask:
         keep = np.ones(self.recorded_rows, np.bool_)
         first = start = 0
         epoch = layout.NO_EPOCH
         newest = NewestRows(0)
-        schema = base_schema("input_id", FEATURES, 0)
-        for block in call_blocks(
-            (KeptCall(call, None, call.rows) for call in self.snapshot.calls()), [schema]
-        ):
-            ids = read_columns(self.snapshot, block, [schema], raw=True)["input_id"]
-            position = 0
-            for call in (kept.call for kept in block):
-                if call.epoch != epoch:
-                    _fill_mask(keep, start, newest)
-                    start, epoch = first, call.epoch
-                    newest = NewestRows(0 if epoch == layout.NO_EPOCH else self._rows_by_epoch[epoch])
-                if epoch != layout.NO_EPOCH:
-                    newest.add(call.description.dataset_type, list(ids[position : position + call.rows]))
-                position += call.rows
-                first += call.rows
+        for call, ids in self._calls_with_ids():
+            if call.epoch != epoch:
+                _fill_mask(keep, start, newest)
+                start, epoch = first, call.epoch
+                newest = NewestRows(0 if epoch == layout.NO_EPOCH else self._rows_by_epoch[epoch])
+            if epoch != layout.NO_EPOCH:
+                newest.add(call.description.dataset_type, ids)
+            first += call.rows
         _fill_mask(keep, start, newest)
+        return keep
+
+    def _having(self, input_ids: frozenset[str]) -> Mask:
+        keep = np.zeros(self.recorded_rows, np.bool_)
+        first = 0
+        for call, ids in self._calls_with_ids():
+            keep[first : first + call.rows] = np.fromiter(
+                map(input_ids.__contains__, ids), np.bool_, call.rows
+            )
+            first += call.rows
         return keep
 
     def _collect_kept(self) -> None:
@@ -179,6 +206,10 @@ class StoreSelection:
             )
             row += rows
 
+    def row_index(self, schemas: Sequence[ColumnSchema]) -> StoreRows:
+        """The same rows by number; see `Selection.row_index`."""
+        return StoreRows(self._choice.snapshot, self._choice.kept_calls(self._table, in_runs=False), schemas)
+
     def _measure(self, schemas: list[ColumnSchema]) -> None:
         """Find out how wide the texts of some columns are."""
         for schema in schemas:
@@ -209,7 +240,7 @@ def trace_schemas(trace_dir: Path, table: str) -> dict[str, ColumnSchema]:
     """What a table consists of, by its calls or, where it has none, by `version.json`; without rows."""
     collector = SchemaCollector()
 
-    def accept(call: Call) -> bool:
+    def accept(call: Call | CallRun) -> bool:
         collector.add(call, call.rows)
         return False
 
@@ -268,9 +299,11 @@ class StoreSource:
         """Names of the columns of a table."""
         return list(trace_schemas(self._trace_dir, table))
 
-    def select(
-        self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool
-    ) -> StoreSelection:
+    def select(self, table: str, wanted: RowFilter) -> StoreSelection:
         """Rows of a table, as committed now."""
-        choice = retry_vanished(lambda: Choice(self._trace_dir, n_epoch, dataset_type, dedupe))
+        choice = retry_vanished(
+            lambda: Choice(
+                self._trace_dir, wanted.n_epoch, wanted.dataset_type, wanted.dedupe, wanted.input_ids
+            )
+        )
         return StoreSelection(choice, table)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.extras import require
 from ml_debugger.store import layout
+from ml_debugger.trace.arguments import Ids, check_batch_size, check_columns, check_rows, check_table
+from ml_debugger.trace.arguments import check_epoch as check_epoch
 from ml_debugger.trace.assemble import iterate_batches, read_arrays, read_tensors
 from ml_debugger.trace.catalog import retry_vanished
 from ml_debugger.trace.dtypes import Array
-from ml_debugger.trace.header import TABLES
 from ml_debugger.trace.source import Selection, Source
 from ml_debugger.trace.store_source import StoreSource
 
 if TYPE_CHECKING:
+    import pandas
+    import pyarrow
     import torch
+
+    from ml_debugger.trace.dataset import TraceDataset
 
 
 def open_trace(model_name: str, version_name: str, data_dir: str | os.PathLike[str] | None = None) -> Trace:
@@ -52,6 +54,7 @@ class Trace:
     * ``dataset_type``: only rows recorded with this ``dataset_type``; None: all.
     * ``columns``: names of columns; None: all.
     * ``dedupe``: of the rows that have an epoch, only the newest for each (dataset_type, n_epoch, input_id).
+    * ``input_ids``: only rows of these samples, text or integers as in the call; None: all.
 
     Made by `open_trace` and `load_export`.
     """
@@ -93,10 +96,16 @@ class Trace:
         Raises:
             InvalidInputError: Not one of the two tables.
         """
-        return self._source.columns(_check_table(table))
+        return self._source.columns(check_table(table))
 
     def num_rows(
-        self, table: str, n_epoch: int | None = None, dataset_type: str | None = None, *, dedupe: bool = False
+        self,
+        table: str,
+        n_epoch: int | None = None,
+        dataset_type: str | None = None,
+        *,
+        dedupe: bool = False,
+        input_ids: Ids | None = None,
     ) -> int:
         """Number of rows; 0 for a table or an epoch that the trace does not have.
 
@@ -104,7 +113,7 @@ class Trace:
             InvalidInputError: Not one of the two tables, or an ``n_epoch`` below -1.
             InvalidTypeError: An ``n_epoch`` that is not an int, or a ``dataset_type`` that is not text.
         """
-        return self._select(table, n_epoch, dataset_type, dedupe).rows
+        return self._select(table, n_epoch, dataset_type, dedupe, input_ids).rows
 
     def arrays(
         self,
@@ -114,6 +123,7 @@ class Trace:
         columns: Sequence[str] | None = None,
         *,
         dedupe: bool = False,
+        input_ids: Ids | None = None,
     ) -> dict[str, Array]:
         """Read columns as numpy arrays, by name; each has one row a sample along dimension 0.
 
@@ -132,8 +142,8 @@ class Trace:
         """
 
         def read() -> dict[str, Array]:
-            selection = self._select(table, n_epoch, dataset_type, dedupe)
-            schemas = selection.schemas(_check_columns(columns), extents=True)
+            selection = self._select(table, n_epoch, dataset_type, dedupe, input_ids)
+            schemas = selection.schemas(check_columns(columns), extents=True)
             return read_arrays(selection, schemas)
 
         return retry_vanished(read)
@@ -146,6 +156,7 @@ class Trace:
         columns: Sequence[str] | None = None,
         *,
         dedupe: bool = False,
+        input_ids: Ids | None = None,
     ) -> dict[str, torch.Tensor | list[Any]]:
         """Read columns as CPU tensors in the recorded dtype, by name.
 
@@ -157,8 +168,8 @@ class Trace:
         """
 
         def read() -> dict[str, torch.Tensor | list[Any]]:
-            selection = self._select(table, n_epoch, dataset_type, dedupe)
-            schemas = selection.schemas(_check_columns(columns), extents=False)
+            selection = self._select(table, n_epoch, dataset_type, dedupe, input_ids)
+            schemas = selection.schemas(check_columns(columns), extents=False)
             return read_tensors(selection, schemas)
 
         return retry_vanished(read)
@@ -172,6 +183,7 @@ class Trace:
         *,
         batch_size: int = 1024,
         dedupe: bool = False,
+        input_ids: Ids | None = None,
     ) -> Iterator[dict[str, Array]]:
         """Iterate over dicts of numpy arrays by column, like `arrays`, with ``batch_size`` rows each.
 
@@ -184,68 +196,153 @@ class Trace:
             NotFoundError: While iterating: the epoch has been dropped.
             CorruptDataError: While iterating: stored bytes are not what was written.
         """
-        rows_a_batch = _check_integer(batch_size, "batch_size", "a positive int")
-        if rows_a_batch < 1:
-            raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}", "pass a positive int")
-        selection = self._select(table, n_epoch, dataset_type, dedupe)
-        schemas = selection.schemas(_check_columns(columns), extents=False)
+        rows_a_batch = check_batch_size(batch_size)
+        selection = self._select(table, n_epoch, dataset_type, dedupe, input_ids)
+        schemas = selection.schemas(check_columns(columns), extents=False)
         for schema in schemas:
             schema.check_written()  # here, not in mid-iteration
         return iterate_batches(selection, schemas, rows_a_batch)
 
-    def _select(self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool) -> Selection:
-        _check_table(table)
-        epoch = check_epoch(n_epoch)
-        if dataset_type is not None and not isinstance(dataset_type, str):
-            raise InvalidTypeError(
-                f"dataset_type must be a str or None, got {type(dataset_type).__name__}",
-                "pass the text given to the call",
-            )
-        return self._source.select(table, epoch, dataset_type, bool(dedupe))
+    def to_arrow(
+        self,
+        table: str,
+        n_epoch: int | None = None,
+        dataset_type: str | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        dedupe: bool = False,
+        input_ids: Ids | None = None,
+    ) -> pyarrow.Table:
+        """Read columns as an Arrow table, in chunks as they are stored; memory: the table and one block.
 
+        A column of tensors is a fixed-size list, nested for more dimensions (a plain list where a dimension
+        is 0); text is string, ``bytes`` binary. bfloat16 and float8 are widened to float32, as in `arrays`.
+        A column whose rows differ in shape is a flat list ``<name>`` and a list of int64 ``<name>.shapes``. A
+        row that lacks a column is null. An element of a complex dtype is a pair (real, imaginary). The
+        metadata of a field says what was recorded.
 
-def check_epoch(n_epoch: object) -> int | None:
-    """Return the epoch that is asked for: None (all), -1 (rows without one), or one that is >= 0.
+        Needs pyarrow: ``pip install "ml-debugger[arrow]"``. For a trace larger than memory there is
+        `to_arrow_reader`.
 
-    Raises:
-        InvalidTypeError: Not an int; a bool is none.
-        InvalidInputError: Below -1.
-    """
-    if n_epoch is None:
-        return None
-    epoch = _check_integer(n_epoch, "n_epoch", "an int, -1 for the rows without an epoch, or None for all")
-    if epoch < layout.NO_EPOCH:
-        raise InvalidInputError(
-            f"n_epoch must be at least -1, got {epoch}", "pass -1 for the rows without an epoch"
+        Raises:
+            InvalidInputError: pyarrow is not installed; or as `arrays`.
+            Otherwise as `arrays`.
+        """
+        from ml_debugger.trace.arrow import pyarrow_module
+
+        pa = pyarrow_module()
+
+        def read() -> pyarrow.Table:
+            reader = self._batches(table, n_epoch, dataset_type, columns, dedupe, input_ids, None)
+            return pa.Table.from_batches(list(reader), reader.schema)
+
+        return retry_vanished(read)
+
+    def to_arrow_reader(
+        self,
+        table: str,
+        n_epoch: int | None = None,
+        dataset_type: str | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        batch_size: int = 1024,
+        dedupe: bool = False,
+        input_ids: Ids | None = None,
+    ) -> pyarrow.RecordBatchReader:
+        """Stream columns as Arrow record batches of at most ``batch_size`` rows, typed as in `to_arrow`.
+
+        polars, DuckDB and pyarrow consume such a reader without holding all of it. The rows are those that
+        were committed when this method was called. Memory: one batch, one call and 8 MiB.
+
+        Raises:
+            InvalidInputError: pyarrow is not installed; or as `iter_batches`.
+            NotFoundError: While reading: the epoch has been dropped.
+            Otherwise as `iter_batches`.
+        """
+        return self._batches(
+            table, n_epoch, dataset_type, columns, dedupe, input_ids, check_batch_size(batch_size)
         )
-    return epoch
 
+    def to_pandas(
+        self,
+        table: str,
+        n_epoch: int | None = None,
+        dataset_type: str | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        dedupe: bool = False,
+        input_ids: Ids | None = None,
+    ) -> pandas.DataFrame:
+        """Read columns as a DataFrame with one row a sample.
 
-def _check_integer(value: object, name: str, expected: str) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise InvalidTypeError(f"{name} must be an int, got {type(value).__name__}", f"pass {expected}")
-    return operator.index(value)
+        Scalars and text have pandas' own types. A column of tensors holds one numpy array a row, ``bytes``
+        and columns whose rows differ in shape are objects too; None stands for a row that lacks the column.
+        Types that numpy cannot name are widened, as in `arrays`.
 
+        Needs pandas: ``pip install "ml-debugger[pandas]"``. Takes the memory of the result; `iter_batches`
+        and `to_arrow_reader` take a bounded one.
 
-def _check_table(table: str) -> str:
-    if not isinstance(table, str) or table not in TABLES:
-        raise InvalidInputError(f"there is no table {table!r}", f"name one of {', '.join(map(repr, TABLES))}")
-    return table
-
-
-def _check_columns(columns: Sequence[str] | None) -> Sequence[str] | None:
-    if columns is None:
-        return None
-    if isinstance(columns, str):
-        raise InvalidTypeError(
-            f"columns must be a list of names, got the str {columns!r}", f"pass [{columns!r}]"
+        Raises:
+            InvalidInputError: pandas is not installed; or as `arrays`.
+            Otherwise as `arrays`.
+        """
+        module = require("pandas", "pandas", "to_pandas")
+        arrays = self.arrays(table, n_epoch, dataset_type, columns, dedupe=dedupe, input_ids=input_ids)
+        # A list of views: one row of a tensor column is an array of its own.
+        frame: pandas.DataFrame = module.DataFrame(
+            {name: values if values.ndim == 1 else list(values) for name, values in arrays.items()},
+            index=module.RangeIndex(len(next(iter(arrays.values()), ()))),
+            columns=list(arrays),
         )
-    try:
-        names = list(columns)
-    except TypeError as error:
-        raise InvalidTypeError(
-            f"columns must be a list of names, got {type(columns).__name__}", "pass a list of str"
-        ) from error
-    if not all(isinstance(name, str) for name in names):
-        raise InvalidTypeError(f"columns must be a list of names, got {names!r}", "pass a list of str")
-    return names
+        return frame
+
+    def dataset(
+        self,
+        table: str,
+        n_epoch: int | None = None,
+        dataset_type: str | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        dedupe: bool = False,
+        input_ids: Ids | None = None,
+    ) -> TraceDataset:
+        """A map-style torch Dataset over the rows that are committed now; see `TraceDataset`.
+
+        Reads the headers, and with ``dedupe`` or ``input_ids`` the ids; values are read row by row. With a
+        bounded memory, in any order, in DataLoader workers too.
+
+        Raises:
+            As `arrays`.
+        """
+        from ml_debugger.trace.dataset import TraceDataset
+
+        def index() -> TraceDataset:
+            selection = self._select(table, n_epoch, dataset_type, dedupe, input_ids)
+            schemas = selection.schemas(check_columns(columns), extents=False)
+            return TraceDataset(selection.row_index(schemas), schemas)
+
+        return retry_vanished(index)
+
+    def _batches(
+        self,
+        table: str,
+        n_epoch: int | None,
+        dataset_type: str | None,
+        columns: Sequence[str] | None,
+        dedupe: bool,
+        input_ids: Ids | None,
+        batch_size: int | None,
+    ) -> pyarrow.RecordBatchReader:
+        from ml_debugger.trace.arrow import arrow_schema, pyarrow_module, read_batches
+
+        pa = pyarrow_module()
+        selection = self._select(table, n_epoch, dataset_type, dedupe, input_ids)
+        schemas = selection.schemas(check_columns(columns), extents=False)
+        target = arrow_schema(schemas)
+        return pa.RecordBatchReader.from_batches(target, read_batches(selection, schemas, target, batch_size))
+
+    def _select(
+        self, table: str, n_epoch: int | None, dataset_type: str | None, dedupe: bool, input_ids: Ids | None
+    ) -> Selection:
+        check_table(table)
+        return self._source.select(table, check_rows(n_epoch, dataset_type, dedupe, input_ids))

@@ -307,8 +307,9 @@ def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     with torch._C.DisableTorchFunction():
         if type(tensor) is not torch.Tensor and hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
-            parts = [getattr(tensor, name) for name in names]  # of DTensor also its mesh
-            return [storage for part in parts if isinstance(part, torch.Tensor) for storage in _storages(part)]
+            parts = [getattr(tensor, name) for name in names]
+            tensors = [part for part in parts if isinstance(part, torch.Tensor)]  # DTensor also has a mesh
+            return [storage for part in tensors for storage in _storages(part)]
         try:
             return [tensor.untyped_storage()]
         except (RuntimeError, NotImplementedError):

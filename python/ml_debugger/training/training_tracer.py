@@ -160,7 +160,8 @@ class TrainingTracer(TorchTracer):
             output_path: File or directory; a name without ``.zip`` is a directory, which gets
                 ``<model_name>_<version_name>[_epoch<n>].zip``. Default: the current directory.
             n_epoch: None = all, -1 = rows without an epoch.
-            format: ``"npy"`` opens with plain ``numpy.load``.
+            format: ``"npy"`` opens with plain ``numpy.load``, ``"parquet"`` with pandas, polars and DuckDB;
+                to write it needs pyarrow.
             dedupe: Keep the newest row of each ``(dataset_type, n_epoch, input_id)``; False keeps every row.
             progress: Whether to show progress; None shows it on a terminal.
 
