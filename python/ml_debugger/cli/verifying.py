@@ -34,7 +34,8 @@ def verify(ctx: click.Context, model: str, version: str, data_dir: Path, as_json
     else:
         for problem in report.problems:
             click.echo(shown(f"damage: {problem.path}: {problem.problem}"))
-        found = f"{len(report.problems)} problems" if report.problems else "sound"
+        count = len(report.problems)
+        found = f"{count} problem{'s' if count > 1 else ''}" if count else "sound"
         click.echo(
             f"{found}: {report.segments} segments, {report.calls} calls, {report.rows} rows, "
             f"{report.chunks} chunks, {human_bytes(report.bytes_checked)}; "
