@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
+#include "bindings/tensor_source.h"
 #include "writer/runtime.h"
 
 namespace py = pybind11;
@@ -51,6 +52,7 @@ class StoreHandle {
     options.stall_timeout = to_duration(stall_timeout_s);
     if (device_ring_bytes) options.device.ring_bytes = *device_ring_bytes;
     require_open();
+    look_up_torch();
     const py::gil_scoped_release unlocked;
     return Recorder::open(use_, options);
   }

@@ -14,7 +14,6 @@ PYBIND11_MODULE(_core, module) {
   module.attr("MAX_RANKS") = mld::kMaxRanks;
   module.attr("MAX_ATTEMPTS") = mld::kMaxAttempts;
   module.def("_use_exchange_api", &mld::use_exchange_api, pybind11::arg("use"));
-  mld::look_up_torch();
   mld::bind_errors(module);
   mld::bind_store(module);
   mld::bind_recorder(module);

@@ -48,8 +48,9 @@ class TensorSource final : public ByteSource {
 // Size of the first dimension; -1 for a scalar or for what cannot be borrowed.
 [[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
 
-// Imports torch and looks up what we need of it. At import, since two hooks that met in it first
-// could deadlock: one in the import without the GIL, one with the GIL waiting for the first.
+// Imports torch and looks up what we need of it. When a recorder is made: not at import, since
+// readers and the uploader do without torch, and not in the first hook, since two hooks that met in
+// it could deadlock: one in the import without the GIL, one with the GIL waiting for the first.
 void look_up_torch();
 
 // Tests only: behave as with a torch that lacks the exchange API.

@@ -23,6 +23,7 @@ from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, NotFoundError
 from ml_debugger.store import layout
 from ml_debugger.trace.header import INLINE, Call, Gap, HeaderDecoder
+from ml_debugger.trace.slice_file import SliceFile
 
 _HEADERS_A_STEP = 256
 _TRIES = 5
@@ -46,8 +47,13 @@ class SegmentRef:
     sealed: bool
     inode: int
 
+    @property
+    def is_slice(self) -> bool:
+        """Whether it is a slice, which an upload has brought."""
+        return self.path.suffix == ".zip"
+
     @contextlib.contextmanager
-    def opened(self) -> Iterator[_core.Segment]:
+    def opened(self) -> Iterator[_core.Segment | SliceFile]:
         """The open segment, for one bounded step.
 
         Raises:
@@ -55,7 +61,11 @@ class SegmentRef:
         """
         self.check_exists()
         try:
-            segment = _core.Segment(str(self.path), sealed=self.sealed)
+            segment: _core.Segment | SliceFile
+            if self.is_slice:
+                segment = SliceFile(self.path)
+            else:
+                segment = _core.Segment(str(self.path), sealed=self.sealed)
         except NotFoundError as error:
             raise self._vanished() from error
         try:
@@ -75,7 +85,7 @@ class SegmentRef:
     def data_bytes(self) -> int:
         """Size of the data file: no chunk in it can be larger."""
         try:
-            return os.stat(self.path / "data.mdb").st_size
+            return os.stat(self.path if self.is_slice else self.path / "data.mdb").st_size
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._vanished() from error
 
@@ -110,7 +120,7 @@ def _list_epochs(trace_dir: Path) -> list[int]:
 
 
 def _holds_calls(rank: int, partition: layout.Partition) -> bool:
-    usable, _ = _partition_segments(rank, partition)
+    usable, _ = partition_segments(rank, partition)
     for ref in usable:
         for key, value in _headers(ref):
             if isinstance(_decoder(ref).decode(key, value), Call):
@@ -226,7 +236,7 @@ class Snapshot:
         for partition in layout.partitions(rank_dir):
             if n_epoch is not None and partition.epoch != n_epoch:
                 continue
-            usable, torn = _partition_segments(rank, partition)
+            usable, torn = partition_segments(rank, partition)
             self._segments.update({(ref.rank, ref.epoch, ref.attempt, ref.sequence): ref for ref in usable})
             self._torn.update((rank, partition.epoch, entry.attempt, entry.sequence) for entry in torn)
             claimed = 0
@@ -314,7 +324,7 @@ def _contains(sorted_keys: np.ndarray[tuple[int], np.dtype[np.uint64]], key: int
     return position < sorted_keys.size and int(sorted_keys[position]) == key
 
 
-def _partition_segments(
+def partition_segments(
     rank: int, partition: layout.Partition
 ) -> tuple[list[SegmentRef], list[layout.SegmentEntry]]:
     usable, torn = [], []
@@ -340,7 +350,9 @@ def _partition_segments(
 
 
 def _decoder(ref: SegmentRef) -> HeaderDecoder:
-    return HeaderDecoder(ref.rank, ref.epoch, ref.attempt, ref.sequence)
+    return HeaderDecoder(
+        ref.rank, ref.epoch, ref.attempt, ref.sequence, holds_all_pieces=ref.is_slice
+    )
 
 
 def _headers(ref: SegmentRef) -> Iterator[tuple[int, bytes]]:
