@@ -240,6 +240,17 @@ def read_version(trace_dir: Path) -> VersionInfo:
     document = read_json(path)
     if document is None:
         raise NotFoundError(f"no trace at {trace_dir}", "check data_dir, model name and version name")
+    return parse_version(document, path)
+
+
+def parse_version(document: Any, path: Path) -> VersionInfo:
+    """Decode the content of a `version.json`; ``path`` is for messages.
+
+    Raises:
+        CorruptDataError: It is none, or of a newer format.
+    """
+    if not isinstance(document, dict):
+        raise CorruptDataError(f"{path} holds no JSON object", "restore the file from a copy")
     check_format_version(document, path)
     try:
         return VersionInfo(

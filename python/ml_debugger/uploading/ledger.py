@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,12 @@ class Ledger:
         self._touched_at = 0.0
 
     @contextlib.contextmanager
-    def locked(self, *, timeout_s: float) -> Iterator[bool]:
+    def locked(self, *, timeout_s: float, on_progress: Callable[[int], None]) -> Iterator[bool]:
         """Be the only uploader of the rank to this endpoint; gives False where ``timeout_s`` is 0 and one is at it.
+
+        Args:
+            timeout_s: How long to wait for another one that makes no progress.
+            on_progress: Called, with 0, when it makes some.
 
         Raises:
             UploadError: Another one holds the lock and made no progress for ``timeout_s``.
@@ -109,12 +113,12 @@ class Ledger:
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}", "check its permissions") from error
         try:
-            has_lock = self._lock(descriptor, timeout_s)
+            has_lock = self._lock(descriptor, timeout_s, on_progress)
             yield has_lock
         finally:
             os.close(descriptor)
 
-    def _lock(self, descriptor: int, timeout_s: float) -> bool:
+    def _lock(self, descriptor: int, timeout_s: float, on_progress: Callable[[int], None]) -> bool:
         seen, since = -1, time.monotonic()
         while True:
             try:
@@ -127,6 +131,7 @@ class Ledger:
             touched = os.fstat(descriptor).st_mtime_ns
             if touched != seen:
                 seen, since = touched, time.monotonic()
+                on_progress(0)
             elif time.monotonic() - since > timeout_s:
                 raise UploadError(
                     f"another process uploads this trace and made no progress for {timeout_s:g} s",

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import select
+import site
 import subprocess
 import sys
 import threading
@@ -63,10 +64,12 @@ class UploaderProcess:
         self._lines = b""
         self._has_ended = False
         environment = {name: value for name, value in os.environ.items() if name != "MLD_API_KEY"}
-        # Where this process found the package, the new one must find it too.
+        environment["PYTHONSAFEPATH"] = "1"  # a json.py in the working directory is not meant
         package_dir = str(Path(ml_debugger.__file__).resolve().parent.parent)
-        paths = [package_dir, *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        if package_dir not in (*site.getsitepackages(), site.getusersitepackages()):
+            # Where this process found the package, the new one must find it too.
+            paths = [package_dir, *filter(None, [environment.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ml_debugger.uploading.worker"],

@@ -75,7 +75,7 @@ class RankUpload:
             MlDebuggerError: The trace cannot be read.
         """
         self._tally = Tally()
-        with self._ledger.locked(timeout_s=self._stall_timeout_s):
+        with self._ledger.locked(timeout_s=self._stall_timeout_s, on_progress=self._on_bytes):
             entries = self._load()
             chosen = [entry for entry in entries if n_epoch is None or entry.epoch == n_epoch]
             self._start()
@@ -84,19 +84,20 @@ class RankUpload:
             self._send_backlog(n_epoch, 0.0)
         return self._tally
 
-    def advance(self, tail_age_s: float) -> bool:
+    def advance(self, tail_age_s: float, *, patience_s: float = 0.0) -> bool:
         """Send what was committed since; False if another uploader is at it.
 
         Args:
             tail_age_s: What does not fill a slice waits as long as this for more.
+            patience_s: How long to wait for another uploader that makes no progress.
 
         Raises:
             As `run`.
         """
         self._tally = Tally()
-        with self._ledger.locked(timeout_s=0) as is_mine:
+        with self._ledger.locked(timeout_s=patience_s, on_progress=self._on_bytes) as is_mine:
             if not is_mine:
-                self._is_loaded = False
+                self._is_loaded = False  # what the other one sends is in the ledger only
                 return False
             self._start()
             if not self._is_loaded:

@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,18 @@ class Worker:
     Args:
         job: ``trace_dir``, ``endpoint``, ``key``, ``rank`` (the tracer's), ``is_auto``, ``stall_timeout_s``,
             ``close_timeout_s``.
+        lines: The commands that follow.
     """
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: dict[str, Any], lines: Iterator[bytes]) -> None:
         key = job["key"]
         endpoint = parse_endpoint(job["endpoint"], has_key=key is not None)
         policy = RetryPolicy(stall_timeout_s=job["stall_timeout_s"])
         self._rank = int(job["rank"])
         self._is_auto = bool(job["is_auto"])
         self._close_timeout_s = float(job["close_timeout_s"])
+        self._lines = lines
+        self._is_asked = False
         self._commands: queue.Queue[dict[str, Any]] = queue.Queue()
         self._told_at = 0.0
         self._bytes = 0
@@ -65,12 +69,12 @@ class Worker:
             elif command["command"] == "finish":
                 if self._is_auto:
                     self._next_look = 0.0
-                    self._advance(0.0)
+                    self._advance(0.0, patience_s=self._close_timeout_s)
                 self._uploads.close()
                 return
 
     def _listen(self) -> None:
-        for line in sys.stdin.buffer:
+        for line in self._lines:
             command = json.loads(line)
             if command["command"] == "finish":
                 self._end_within(float(command["timeout_s"]))
@@ -90,11 +94,11 @@ class Worker:
         except queue.Empty:
             return None
 
-    def _advance(self, tail_age_s: float) -> None:
+    def _advance(self, tail_age_s: float, *, patience_s: float = 0.0) -> None:
         if time.monotonic() < self._next_look:
             return
         try:
-            self._uploads.rank(self._rank).advance(tail_age_s)
+            self._uploads.rank(self._rank).advance(tail_age_s, patience_s=patience_s)
             self._pause_s = 0.0
         except AuthenticationError as error:
             self._is_auto = False  # said once; an upload() tries again
@@ -108,14 +112,19 @@ class Worker:
 
     def _upload(self, command: dict[str, Any]) -> None:
         number = command["number"]
+        self._is_asked = True
         try:
             report = self._uploads.run(command["n_epoch"], force=command["force"])
         except MlDebuggerError as error:
             _tell({"number": number, "error": _class_name(error), "message": error.message, "hint": error.hint})
             return
+        finally:
+            self._is_asked = False
         _tell({"number": number, "report": vars(report)})
 
     def _count(self, length_bytes: int) -> None:
+        if not self._is_asked:
+            return  # nobody reads; what went wrong must still fit into the pipe
         self._bytes += length_bytes
         now = time.monotonic()
         if now - self._told_at >= _EVENT_INTERVAL_S:
@@ -142,17 +151,26 @@ def _tell(event: dict[str, Any]) -> None:
             return
 
 
+def _lines() -> Iterator[bytes]:
+    """Lines of standard input, read without a buffer of Python's: its lock would not outlive the interpreter."""
+    rest = b""
+    while data := os.read(sys.stdin.fileno(), 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
+
+
 def main() -> None:
     """Read the job, do it."""
     try:
         os.nice(_NICE)
     except OSError:
         pass
-    line = sys.stdin.buffer.readline()
-    if not line:
+    lines = _lines()
+    job = next(lines, None)
+    if job is None:
         return
     try:
-        worker = Worker(json.loads(line))
+        worker = Worker(json.loads(job), lines)
     except MlDebuggerError as error:
         _tell({"number": None, "error": _class_name(error), "message": error.message, "hint": error.hint})
         return

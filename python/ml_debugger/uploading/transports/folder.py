@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
@@ -31,13 +32,19 @@ class FolderTransport:
 
     def held(self, trace: str, urls: Mapping[str, str]) -> dict[str, int]:
         """Length by path of every file of a trace."""
-        found = {}
-        with self._errors("list", trace):
-            for directory, _, names in os.walk(self.root / trace):
-                for name in names:
-                    path = Path(directory) / name
+        return {path: length for path, length, _ in self.listing(trace)}
+
+    def listing(self, prefix: str = "") -> list[tuple[str, int, datetime]]:
+        """(path, length, time of the last change) of every file below ``prefix``."""
+        found = []
+        with self._errors("list", prefix):
+            for directory, folders, names in os.walk(self.root / prefix):
+                folders[:] = [folder for folder in folders if not folder.startswith(".")]
+                for path in (Path(directory) / name for name in names):
                     with contextlib.suppress(FileNotFoundError):
-                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                        status = path.stat()
+                        modified = datetime.fromtimestamp(status.st_mtime, timezone.utc)
+                        found.append((path.relative_to(self.root).as_posix(), status.st_size, modified))
         return found
 
     def read(self, path: str) -> bytes | None:
@@ -70,6 +77,13 @@ class FolderTransport:
             if digest.hexdigest() != item.sha256:
                 raise UploadError(f"{item.path} changed while it was sent", "upload again")
             self._place(file, temporary, item.path)
+
+    def adopt(self, file: IO[bytes], source: Path, path: str) -> bool:
+        """Give a finished file of the same filesystem its place; False if one of that name was there."""
+        with self._errors("write", path):
+            is_new = not (self.root / path).exists()
+            self._place(file, source, path)
+        return is_new
 
     def discard(self, url: str) -> None:
         """Nothing is left of a copy that was cut: its file goes with the process, or with the next one."""

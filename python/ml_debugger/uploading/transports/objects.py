@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from ml_debugger.errors import AuthenticationError, UploadError
@@ -40,9 +40,15 @@ class ObjectTransport:
 
     def held(self, trace: str, urls: Mapping[str, str]) -> dict[str, int]:
         """Length by path of every object of a trace."""
+        return {path: length for path, length, _ in self.listing(trace)}
+
+    def listing(self, prefix: str = "") -> list[tuple[str, int, datetime]]:
+        """(path, length, time of the last change) of every object below ``prefix``."""
         with self._errors("list"):
-            listed = self._obstore.list(self._store, prefix=trace)
-            return {entry["path"]: int(entry["size"]) for batch in listed for entry in batch}
+            listed = self._obstore.list(self._store, prefix=prefix or None)
+            return [
+                (entry["path"], int(entry["size"]), entry["last_modified"]) for batch in listed for entry in batch
+            ]
 
     def read(self, path: str) -> bytes | None:
         """An object's bytes."""
