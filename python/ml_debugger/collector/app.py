@@ -216,13 +216,17 @@ class Collector:
         if name is None or name.sha256 != sha256 or length == 0:
             raise HTTPException(400, "path and sha256 of Upload-Metadata must be those of a slice")
         quota = key.quota_bytes
-        if quota is not None and self._storage.used_bytes(key.name) + length > quota:
+        is_over = quota is not None and self._storage.used_bytes(key.name, path) + length > quota
+        if is_over and not await run_in_threadpool(self._storage.transport.has, path):
             raise HTTPException(413, f"the quota of this key, {quota} bytes, is used up")
         if self._storage.free_bytes() < length:
             raise HTTPException(507, "the disk of the collector is full")
-        upload = await run_in_threadpool(self._storage.begin, path, length, sha256, key.name)
+        upload = await run_in_threadpool(
+            self._storage.begin, path, length, sha256, key.name, tuple(self._tasks)
+        )
         # Relative, so that it holds behind any proxy.
-        return Response(status_code=201, headers={"Location": upload.number})
+        headers = {"Location": upload.number, "Upload-Offset": str(self._storage.offset(upload))}
+        return Response(status_code=201, headers=headers)
 
     async def _head(self, request: Request, key: KeyEntry) -> Response:
         _check_version(request)

@@ -66,22 +66,21 @@ class KeyRing:
         Raises:
             InvalidInputError: The file cannot be read, or holds something else.
         """
-        lines = os.environ.get("MLD_API_KEYS", "").split(",")
-        if keys_file is not None:
-            try:
-                with open(keys_file, encoding="utf-8") as file:
-                    lines += file.read().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise InvalidInputError(
-                    f"cannot read the keys file {os.fspath(keys_file)!r}: {error}", "name a text file, a key a line"
-                ) from error
-            ring = cls(lines)
-            if not ring.entries:
-                raise InvalidInputError(
-                    f"the keys file {os.fspath(keys_file)!r} holds no key", "write one key a line"
-                )
+        ring = cls(os.environ.get("MLD_API_KEYS", "").split(","))
+        if keys_file is None:
             return ring
-        return cls(lines)
+        shown = os.fspath(keys_file)
+        try:
+            with open(keys_file, encoding="utf-8") as file:
+                listed = cls(file.read().splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInputError(
+                f"cannot read the keys file {shown!r}: {error}", "name a text file, a key a line"
+            ) from error
+        if not listed:
+            raise InvalidInputError(f"the keys file {shown!r} holds no key", "write one key a line")
+        ring.entries += listed.entries
+        return ring
 
     def __bool__(self) -> bool:
         return bool(self.entries)

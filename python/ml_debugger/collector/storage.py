@@ -8,7 +8,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -108,12 +110,24 @@ class Storage:
                 document = layout.read_json(path) or {}
                 upload = Upload(**document)
                 self._uploads[upload.number] = upload
+        for left in self.uploads_dir.glob("export-*"):  # a download that a dead process was preparing
+            shutil.rmtree(left, ignore_errors=True)
         self.sweep()
 
     # Uploads
 
-    def begin(self, path: str, length_bytes: int, sha256: str, key_name: str) -> Upload:
-        """Make room for a slice."""
+    def begin(
+        self, path: str, length_bytes: int, sha256: str, key_name: str, busy: Collection[str] = ()
+    ) -> Upload:
+        """Make room for a slice, or go on with an upload of it that nobody works on (those in ``busy`` are at work).
+
+        So a client that has lost the answer to a creation, or its ledger, leaves nothing behind and sends nothing twice.
+        """
+        wanted = (path, length_bytes, sha256, key_name)
+        for found in self._uploads.values():
+            identity = (found.path, found.length_bytes, found.sha256, found.key_name)
+            if identity == wanted and not found.is_done and found.number not in busy:
+                return found
         upload = Upload(secrets.token_hex(16), path, length_bytes, sha256, key_name)
         self._part(upload).touch(0o600)
         self._keep(upload)
@@ -140,6 +154,7 @@ class Storage:
             UploadError: An object store does not take it.
         """
         part = self._part(upload)
+        is_new = not self.transport.has(upload.path)
         with open(part, "rb") as file:
             digest = hashlib.sha256()
             while block := file.read(_HASH_STEP_BYTES):
@@ -148,9 +163,8 @@ class Storage:
                 self.forget(upload)
                 raise ChecksumError(f"{upload.path} arrived with another SHA-256")
             if isinstance(self.transport, FolderTransport):
-                is_new = self.transport.adopt(file, part, upload.path)
+                self.transport.adopt(file, part, upload.path)
             else:
-                is_new = upload.path not in self.transport.held(upload.path, {})
                 self.transport.send(_item(upload, file))
                 part.unlink()
         if is_new:
@@ -166,9 +180,13 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
-    def used_bytes(self, key_name: str) -> int:
-        """What a key has left here, what it is about to leave included."""
-        coming = sum(u.length_bytes for u in self._uploads.values() if u.key_name == key_name and not u.is_done)
+    def used_bytes(self, key_name: str, but: str = "") -> int:
+        """What a key has left here, and what it is about to leave, ``but`` for the file of that path."""
+        coming = sum(
+            upload.length_bytes
+            for upload in self._uploads.values()
+            if upload.key_name == key_name and not upload.is_done and upload.path != but
+        )
         return self._usage.get(key_name, 0) + coming
 
     def free_bytes(self) -> int:

@@ -47,6 +47,10 @@ class FolderTransport:
                         found.append((path.relative_to(self.root).as_posix(), status.st_size, modified))
         return found
 
+    def has(self, path: str) -> bool:
+        """Whether a file is there."""
+        return (self.root / path).is_file()
+
     def read(self, path: str) -> bytes | None:
         """A document's bytes."""
         try:
@@ -78,12 +82,10 @@ class FolderTransport:
                 raise UploadError(f"{item.path} changed while it was sent", "upload again")
             self._place(file, temporary, item.path)
 
-    def adopt(self, file: IO[bytes], source: Path, path: str) -> bool:
-        """Give a finished file of the same filesystem its place; False if one of that name was there."""
+    def adopt(self, file: IO[bytes], source: Path, path: str) -> None:
+        """Give a finished file of the same filesystem its place."""
         with self._errors("write", path):
-            is_new = not (self.root / path).exists()
             self._place(file, source, path)
-        return is_new
 
     def discard(self, url: str) -> None:
         """Nothing is left of a copy that was cut: its file goes with the process, or with the next one."""

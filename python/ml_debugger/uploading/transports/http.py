@@ -118,7 +118,10 @@ class HttpClient:
         Raises:
             UploadError: It is of another one.
         """
-        target = urljoin(self.base, url)
+        try:
+            target = urljoin(self.base, url)
+        except ValueError as error:
+            raise UploadError(f"{self._shown(url)!r} is not a URL", "check the endpoint") from error
         if _origin(target) != self._origin:
             raise UploadError(
                 f"{self._shown(self.base)} points to another origin, {self._shown(target)}",

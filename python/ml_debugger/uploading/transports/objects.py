@@ -50,6 +50,15 @@ class ObjectTransport:
                 (entry["path"], int(entry["size"]), entry["last_modified"]) for batch in listed for entry in batch
             ]
 
+    def has(self, path: str) -> bool:
+        """Whether an object is there."""
+        try:
+            with self._errors("read"):
+                self._obstore.head(self._store, path)
+        except FileNotFoundError:
+            return False
+        return True
+
     def read(self, path: str) -> bytes | None:
         """An object's bytes."""
         try:

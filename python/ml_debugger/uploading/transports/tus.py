@@ -73,7 +73,7 @@ class TusTransport:
                 if url is None or offset is None:
                     if url is not None:
                         self.discard(url)
-                    url, offset = self._create(item), 0
+                    url, offset = self._create(item)
                     item.on_url(url)
                 while offset < item.length_bytes:
                     if offset > best:
@@ -139,12 +139,14 @@ class TusTransport:
         if "checksum" in self._extensions:
             self._checksum = next((name for name in _CHECKSUMS if name in algorithms), None)
 
-    def _create(self, item: Item) -> str:
+    def _create(self, item: Item) -> tuple[str, int]:
         answer = self.http.request("POST", "", headers=self.create_headers(item), accept=(201,))
         location = answer.headers.get("location")
         if not location:
             raise UploadError("the endpoint created an upload without a Location", "check that it is a tus server")
-        return self.http.resolve(location)
+        # Our collector goes on with an upload whose place was lost, and says from where.
+        offset = _number(answer, "upload-offset") or 0
+        return self.http.resolve(location), offset if offset <= item.length_bytes else 0
 
     def _head(self, url: str) -> Answer:
         return self.http.request(
