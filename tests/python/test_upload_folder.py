@@ -9,12 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from upload_support import assert_same_trace, write_trace
 
 from ml_debugger import open_trace
 from ml_debugger.errors import CorruptDataError, NotFoundError, UploadError
 from ml_debugger.store import layout
 from ml_debugger.uploading import UploadReport, upload_trace
+from upload_support import assert_same_trace, write_trace
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def test_what_arrives_is_the_trace_bit_for_bit(sealed: bool, data_dir: Path, the
     assert_same_trace(data_dir, there)
 
 
-def test_an_export_of_what_arrived_is_the_export_of_the_trace(data_dir: Path, there: Path, tmp_path: Path) -> None:
+def test_an_export_of_what_arrived_is_the_export_of_the_trace(
+    data_dir: Path, there: Path, tmp_path: Path
+) -> None:
     from ml_debugger.exporting import export_trace
 
     local = write_trace(data_dir)
@@ -231,7 +233,8 @@ def test_a_damaged_row_here_is_an_error_that_names_the_segment(data_dir: Path, t
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["ftp://host/x", "file://host/x", "s3://", "http://", "https://u:pw@host/", "https://host/?q=1", "a\0b"]
+    "endpoint",
+    ["ftp://host/x", "file://host/x", "s3://", "http://", "https://u:pw@host/", "https://host/?q=1", "a\0b"],
 )
 def test_an_endpoint_that_nothing_handles_is_refused(endpoint: str, data_dir: Path) -> None:
     write_trace(data_dir)

@@ -1,4 +1,4 @@
-"""Uploads over a network that fails in every way: cut connections, every status, lying servers, redirects, TLS."""
+"""Uploads over a network that fails in every way: cuts, every status, lying servers, redirects, TLS."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ml_debugger.errors import AuthenticationError, UploadError
+from ml_debugger.uploading import upload_trace
+from ml_debugger.uploading.endpoint import parse_endpoint
+from ml_debugger.uploading.retry import MAX_TRIES, Retries, RetryPolicy, TransientError, retry_after_s
+from ml_debugger.uploading.transports.collector import CollectorTransport
+from ml_debugger.uploading.transports.tus import TusTransport
 from upload_support import (
     KEY,
     QUICK,
@@ -21,13 +28,6 @@ from upload_support import (
     item,
     write_trace,
 )
-
-from ml_debugger.errors import AuthenticationError, UploadError
-from ml_debugger.uploading import upload_trace
-from ml_debugger.uploading.endpoint import parse_endpoint
-from ml_debugger.uploading.retry import MAX_TRIES, Retries, RetryPolicy, TransientError, retry_after_s
-from ml_debugger.uploading.transports.collector import CollectorTransport
-from ml_debugger.uploading.transports.tus import TusTransport
 
 pytest.importorskip("httpx")
 
@@ -93,7 +93,9 @@ def cut_large(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_cuts_at_random_bytes_of_a_large_upload_send_only_the_cut_parts_again(seed: int, tmp_path: Path) -> None:
+def test_cuts_at_random_bytes_of_a_large_upload_send_only_the_cut_parts_again(
+    seed: int, tmp_path: Path
+) -> None:
     cut_large(tmp_path, seed)
 
 
@@ -237,7 +239,9 @@ def test_a_retry_after_reaches_the_pause() -> None:
 
 def test_no_progress_within_the_deadline_ends_the_tries() -> None:
     now = [0.0]
-    retries = Retries(RetryPolicy(stall_timeout_s=50.0), sleep=lambda s: now.append(now.pop() + s), clock=lambda: now[0])
+    retries = Retries(
+        RetryPolicy(stall_timeout_s=50.0), sleep=lambda s: now.append(now.pop() + s), clock=lambda: now[0]
+    )
     retries.failed(TransientError("busy", retry_after_s=40.0))
     with pytest.raises(UploadError, match="stall_timeout_s=50"):
         retries.failed(TransientError("busy", retry_after_s=40.0))
@@ -326,10 +330,14 @@ def test_a_redirect_is_not_followed_and_the_key_goes_nowhere(status: int, method
         assert not other.requests
 
 
-@pytest.mark.parametrize("location", ["http://127.0.0.1:1/x", "https://127.0.0.1/files/1", "//evil.example/x", "http://[bad"])
+@pytest.mark.parametrize(
+    "location", ["http://127.0.0.1:1/x", "https://127.0.0.1/files/1", "//evil.example/x", "http://[bad"]
+)
 def test_a_location_at_another_origin_is_refused(location: str) -> None:
-    with TusServer(lambda m, path, headers: (201, {"Location": location}, b"") if m == "POST" else None) as server:
-        with pytest.raises(UploadError, match="origin|URL") as caught:
+    with TusServer(
+        lambda m, path, headers: (201, {"Location": location}, b"") if m == "POST" else None
+    ) as server:
+        with pytest.raises(UploadError, match=r"origin|URL") as caught:
             send(server)
         assert KEY not in str(caught.value)
         assert server.count("PATCH") == 0
@@ -355,7 +363,9 @@ def test_proxies_of_the_environment_do_not_see_plain_http(monkeypatch: pytest.Mo
         assert not proxy.requests
 
 
-@pytest.mark.parametrize("endpoint", ["http://192.0.2.1/", "http://example.com:8000/x", "tus+http://example.com/"])
+@pytest.mark.parametrize(
+    "endpoint", ["http://192.0.2.1/", "http://example.com:8000/x", "tus+http://example.com/"]
+)
 def test_a_key_travels_over_plain_http_to_loopback_only(endpoint: str) -> None:
     with pytest.raises(UploadError, match="not encrypted"):
         parse_endpoint(endpoint, has_key=True)
@@ -524,7 +534,14 @@ def test_the_key_is_in_no_file_no_repr_and_no_error(
         upload_quickly(data_dir, url)
         for wrong in ("", "http://127.0.0.1:1", url + "/nowhere"):
             try:
-                upload_trace("net", "v1", data_dir=data_dir, endpoint=wrong or url, api_key=KEY + "x", stall_timeout_s=0.1)
+                upload_trace(
+                    "net",
+                    "v1",
+                    data_dir=data_dir,
+                    endpoint=wrong or url,
+                    api_key=KEY + "x",
+                    stall_timeout_s=0.1,
+                )
             except UploadError as error:
                 texts += [str(error), repr(error), repr(error.__cause__), repr(error.__context__)]
         transport = CollectorTransport(url + "/", KEY, QUICK)

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from upload_support import KEY, TusServer, assert_same_trace, collector
 
 from ml_debugger import TracerConfig, open_trace
 from ml_debugger.errors import AuthenticationError, InvalidInputError, RingOverflowError, UploadError
 from ml_debugger.training import ClassificationTracer
+from upload_support import KEY, TusServer, assert_same_trace, collector
 
 DEADLINE_S = 30.0
 ROWS = 4
@@ -38,7 +38,12 @@ def make(data_dir: Path) -> Any:
         config = TracerConfig(commit_interval_s=0.02, stall_timeout_s=20.0, **arguments.pop("config", {}))
         model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
         tracer = ClassificationTracer(
-            model, "net", "v1", api_endpoint=None if endpoint is None else str(endpoint), config=config, **arguments
+            model,
+            "net",
+            "v1",
+            api_endpoint=None if endpoint is None else str(endpoint),
+            config=config,
+            **arguments,
         )
         made.append(tracer)
         return tracer
@@ -82,12 +87,17 @@ def uploaders() -> set[str]:
     return found
 
 
-def test_upload_flushes_sends_what_is_missing_and_works_after_close(make: Any, data_dir: Path, there: Path) -> None:
+def test_upload_flushes_sends_what_is_missing_and_works_after_close(
+    make: Any, data_dir: Path, there: Path
+) -> None:
     tracer = make(there, config={})
     for epoch in (0, 1, None):
         record(tracer, epoch)
     report = tracer.upload()
-    assert (report.segments_sent, report.segments_skipped) == (3, 0) and report.bytes_sent > 0 < report.seconds
+    assert (report.segments_sent, report.segments_skipped) == (
+        3,
+        0,
+    ) and report.bytes_sent > 0 < report.seconds
     assert_same_trace(data_dir, there)
     record(tracer, 1)
     tracer.close()
@@ -100,8 +110,12 @@ def test_upload_flushes_sends_what_is_missing_and_works_after_close(make: Any, d
     assert not uploaders()
 
 
-@pytest.mark.parametrize("epoch, error", [(-2, ValueError), (True, TypeError), ("1", TypeError), (1.0, TypeError)])
-def test_upload_takes_epochs_as_export_does(epoch: Any, error: type[Exception], make: Any, there: Path) -> None:
+@pytest.mark.parametrize(
+    "epoch, error", [(-2, ValueError), (True, TypeError), ("1", TypeError), (1.0, TypeError)]
+)
+def test_upload_takes_epochs_as_export_does(
+    epoch: Any, error: type[Exception], make: Any, there: Path
+) -> None:
     tracer = make(there)
     for method in (tracer.upload, tracer.wait_for_save):
         with pytest.raises(error):
@@ -150,7 +164,11 @@ def test_wait_for_save_confirms_with_the_endpoint_and_reports_losses_after_that(
 
 
 def test_a_refused_key_is_said_and_appears_nowhere(
-    make: Any, tmp_path: Path, data_dir: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    make: Any,
+    tmp_path: Path,
+    data_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with collector(tmp_path / "storage", keys=("another",)) as url:
@@ -162,7 +180,13 @@ def test_a_refused_key_is_said_and_appears_nowhere(
         time.sleep(1.2)
         tracer.close()
     assert caplog.text.count("uploading in the background failed") == 1, "said once, not tried again"
-    shown = str(caught.value) + repr(caught.value) + caplog.text + repr(vars(tracer)) + repr(tracer._uploads.__dict__)
+    shown = (
+        str(caught.value)
+        + repr(caught.value)
+        + caplog.text
+        + repr(vars(tracer))
+        + repr(tracer._uploads.__dict__)
+    )
     assert KEY not in shown + "".join(capfd.readouterr())
     for path in data_dir.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
@@ -205,7 +229,9 @@ def test_auto_sync_needs_an_endpoint_that_is_handled(make: Any, data_dir: Path) 
     assert not data_dir.exists() and not uploaders()
 
 
-def test_close_gives_the_uploader_its_time_and_no_more(make: Any, data_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_gives_the_uploader_its_time_and_no_more(
+    make: Any, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def wait(method: str, path: str, headers: dict[str, str]) -> Any:
         time.sleep(30)
 
@@ -242,7 +268,10 @@ def test_an_uploader_that_dies_while_it_is_waited_for_is_an_upload_error(
     real = process.subprocess.Popen
 
     def dying(command: list[str], **arguments: Any) -> Any:
-        return real([sys.executable, "-c", "import sys; sys.stdin.readline(); raise SystemExit('it broke')"], **arguments)
+        return real(
+            [sys.executable, "-c", "import sys; sys.stdin.readline(); raise SystemExit('it broke')"],
+            **arguments,
+        )
 
     tracer = make(there)
     record(tracer, 0)
@@ -344,7 +373,9 @@ def test_a_module_in_the_working_directory_is_not_the_uploaders(
 
 
 @pytest.mark.timeout(120)
-def test_killed_at_random_times_the_uploads_end_with_every_row_once(make: Any, data_dir: Path, there: Path) -> None:
+def test_killed_at_random_times_the_uploads_end_with_every_row_once(
+    make: Any, data_dir: Path, there: Path
+) -> None:
     """kill -9 of the uploading process at random times, again and again; then one that may finish."""
     import random
 

@@ -1,5 +1,5 @@
-"""What the tests of uploads share: small traces, a collector in this process, a tus server that misbehaves on order,
-and a proxy that cuts connections."""
+"""What the tests of uploads share: small traces, a collector in this process, a tus server that misbehaves
+on order, and a proxy that cuts connections."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from format_writer import Column, FormatWriter
 
+from format_writer import Column, FormatWriter
 from ml_debugger import open_trace
 from ml_debugger.store import layout
 from ml_debugger.uploading.retry import RetryPolicy
@@ -41,7 +41,7 @@ def write_trace(
     seed: int = 0,
     sealed: bool = True,
 ) -> Path:
-    """A trace with bf16 features, labels, text fields, rows of differing shape and a gap; returns its directory."""
+    """A trace with bf16 features, labels, text, rows of differing shape and a gap; returns its directory."""
     generator = np.random.default_rng(seed)
     writer = FormatWriter(data_dir, model, fields=[{"name": "camera", "type": "str"}])
     number = 0
@@ -49,7 +49,9 @@ def write_trace(
         for _ in range(calls):
             ids = [f"{epoch}-{number}-{row}" for row in range(rows)]
             features = {
-                "features": Column(generator.integers(0, 1 << 16, (rows, width), np.uint16), dtype="bfloat16"),
+                "features": Column(
+                    generator.integers(0, 1 << 16, (rows, width), np.uint16), dtype="bfloat16"
+                ),
                 "camera": Column(["nørd", "", "x" * 300, "b"][:rows] + ["c"] * max(0, rows - 4), "str"),
                 "ragged": Column([np.arange(row + 1, dtype=np.float32) for row in range(rows)]),
             }
@@ -82,7 +84,9 @@ def _bits(value: Any) -> Any:
     if hasattr(value, "untyped_storage"):
         import torch
 
-        return tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return tuple(value.shape), value.contiguous().view(
+            torch.uint8
+        ).numpy().tobytes() if value.numel() else b""
     return value
 
 
@@ -91,7 +95,9 @@ def item(data: bytes, *, model: str = "net", number: int = 0) -> Item:
     digest = hashlib.sha256(data).hexdigest()
     name = layout.SliceName(0, number, 1, 0, "0" * 12, digest)
     path = f"{layout.slug(model)}/{layout.slug('v1')}/rank-00000/epoch-0/{name}"
-    counted = CountedItem(path, io.BytesIO(data), len(data), digest, None, lambda url: None, lambda length: None)
+    counted = CountedItem(
+        path, io.BytesIO(data), len(data), digest, None, lambda url: None, lambda length: None
+    )
     return counted.counting()
 
 
@@ -101,7 +107,9 @@ class CountedItem(Item):
     def counting(self) -> CountedItem:
         sent: list[int] = []
         urls: list[str] = []
-        made = CountedItem(self.path, self.file, self.length_bytes, self.sha256, self.url, urls.append, sent.append)
+        made = CountedItem(
+            self.path, self.file, self.length_bytes, self.sha256, self.url, urls.append, sent.append
+        )
         object.__setattr__(made, "sent", sent)
         object.__setattr__(made, "urls", urls)
         return made
@@ -129,9 +137,11 @@ def collector(storage: Path, keys: tuple[str, ...] = (KEY,), port: int = 0) -> I
 
 
 class CuttingProxy:
-    """Passes bytes on, and cuts connection number n after ``cuts[n]`` bytes of the client (then none any more)."""
+    """Passes bytes on, and cuts connection number n after ``cuts[n]`` bytes of the client, then none."""
 
-    def __init__(self, target: tuple[str, int], cuts: list[int] | None = None, *, of_answers: bool = False) -> None:
+    def __init__(
+        self, target: tuple[str, int], cuts: list[int] | None = None, *, of_answers: bool = False
+    ) -> None:
         self._target = target
         self.cuts = cuts or []
         self.of_answers = of_answers
@@ -201,9 +211,11 @@ Script = Callable[[str, str, dict[str, str]], "Answer | None"]
 
 
 class TusServer:
-    """A plain tus server with one upload at a time, which answers as ``script`` says where that says something."""
+    """A plain tus server, which answers as ``script`` says where that says something."""
 
-    def __init__(self, script: Script | None = None, *, extensions: str = "creation,termination,checksum") -> None:
+    def __init__(
+        self, script: Script | None = None, *, extensions: str = "creation,termination,checksum"
+    ) -> None:
         self.script = script or (lambda method, path, headers: None)
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.data: dict[str, bytearray] = {}
@@ -274,7 +286,11 @@ class TusServer:
                 if base64.b64encode(hashlib.new(algorithm, body).digest()).decode() != expected:
                     return 460, {}, b""
             data += body
-        return 200 if method == "HEAD" else 204, {
-            "Upload-Offset": str(len(data)),
-            "Upload-Length": str(self.lengths[path]),
-        }, b""
+        return (
+            200 if method == "HEAD" else 204,
+            {
+                "Upload-Offset": str(len(data)),
+                "Upload-Length": str(self.lengths[path]),
+            },
+            b"",
+        )

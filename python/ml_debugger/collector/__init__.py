@@ -1,4 +1,4 @@
-"""The collector: a small server that takes uploads, keeps them as traces, and shows what it has (``[server]``)."""
+"""The collector: a small server that takes uploads, keeps them as traces, and shows what it has."""
 
 from __future__ import annotations
 

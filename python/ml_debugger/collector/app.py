@@ -1,7 +1,7 @@
-"""The collector's HTTP face: the tus verbs for slices, and lists, documents, a page and downloads beside them.
+"""The collector's HTTP face: the tus verbs for slices; beside them lists, documents, a page, downloads.
 
-The tus verbs are written here, by the specification (https://tus.io/protocols/resumable-upload): a slice counts only
-after its SHA-256 was verified, which is more than the protocol asks for.
+The tus verbs are written here, by the specification (https://tus.io/protocols/resumable-upload): a slice
+counts only after its SHA-256 was verified, which is more than the protocol asks for.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ class Collector:
         key = credentials.strip()
         if scheme.lower() == "basic":  # what a browser asks for; any user, the key as password
             try:
-                key = base64.b64decode(key, validate=True).decode("utf-8", "surrogateescape").partition(":")[2]
+                key = (
+                    base64.b64decode(key, validate=True).decode("utf-8", "surrogateescape").partition(":")[2]
+                )
             except (binascii.Error, ValueError):
                 key = ""
         elif scheme.lower() != "bearer":
@@ -139,7 +141,9 @@ class Collector:
         entry = self._keys.find(key)
         if entry is None:
             raise HTTPException(
-                401, "the key is missing or wrong", {"WWW-Authenticate": 'Basic realm="ml-debugger", charset="UTF-8"'}
+                401,
+                "the key is missing or wrong",
+                {"WWW-Authenticate": 'Basic realm="ml-debugger", charset="UTF-8"'},
             )
         return entry
 
@@ -231,7 +235,10 @@ class Collector:
     async def _head(self, request: Request, key: KeyEntry) -> Response:
         _check_version(request)
         upload = await self._settled(request, key)
-        headers = {"Upload-Offset": str(self._storage.offset(upload)), "Upload-Length": str(upload.length_bytes)}
+        headers = {
+            "Upload-Offset": str(self._storage.offset(upload)),
+            "Upload-Length": str(upload.length_bytes),
+        }
         return Response(status_code=200, headers=headers)
 
     async def _delete(self, request: Request, key: KeyEntry) -> Response:
@@ -289,7 +296,9 @@ class Collector:
             try:
                 async for block in _blocks(request):
                     if offset + len(block) > upload.length_bytes:
-                        raise HTTPException(413, f"more than the {upload.length_bytes} bytes that were announced")
+                        raise HTTPException(
+                            413, f"more than the {upload.length_bytes} bytes that were announced"
+                        )
                     await run_in_threadpool(part.write, block)
                     if checksum is not None:
                         checksum.update(block)

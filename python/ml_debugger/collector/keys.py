@@ -1,7 +1,7 @@
 """API keys of a collector: who may come in, and how much each may leave there.
 
-A key is kept as its SHA-256. That is enough for keys as `new_key` makes them: 256 random bits cannot be guessed
-from a hash, however fast it is to compute.
+A key is kept as its SHA-256. That is enough for keys as `new_key` makes them: 256 random bits cannot be
+guessed from a hash, however fast it is to compute.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class KeyRing:
     """The keys that a collector knows; without any, everybody may come in.
 
     Args:
-        lines: A key each, plain or as ``sha256:<64 hex digits>``, and after a blank its quota, such as ``20GB``. Empty
-            lines and those that begin with ``#`` count for nothing.
+        lines: A key each, plain or as ``sha256:<64 hex digits>``, and after a blank its quota, such as
+            ``20GB``. Empty lines and those that begin with ``#`` count for nothing.
 
     Raises:
         InvalidInputError: A line is something else; it is not quoted, since it may hold a key.

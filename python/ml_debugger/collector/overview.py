@@ -76,7 +76,8 @@ class Overview:
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ml-debugger collector</title>'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<style>{_STYLE}</style></head><body><h1>Collected traces</h1><table><thead><tr><th>model</th>"
-            "<th>version</th><th>epochs</th><th>rows</th><th>size</th><th>last sync</th><th></th></tr></thead>"
+            "<th>version</th><th>epochs</th><th>rows</th><th>size</th><th>last sync</th><th></th></tr>"
+            "</thead>"
             f"<tbody>{rows}</tbody></table></body></html>"
         )
 
@@ -150,7 +151,11 @@ class Overview:
 
 
 def _row(summary: TraceSummary) -> str:
-    last = "" if summary.last_sync is None else f"{summary.last_sync.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+    last = (
+        ""
+        if summary.last_sync is None
+        else f"{summary.last_sync.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+    )
     ranks = "" if len(summary.ranks) < 2 else f" ({len(summary.ranks)} ranks)"
     return (
         f"<tr><td>{_escaped(summary.model_name)}</td><td>{_escaped(summary.version_name)}</td>"

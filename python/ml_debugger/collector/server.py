@@ -28,8 +28,8 @@ def serve(
     Args:
         host: Address to listen on.
         port: Port; 0 takes a free one.
-        storage: Folder that takes the traces (`open_trace(data_dir=storage)` reads them), or the address of an object
-            store.
+        storage: Folder that takes the traces (`open_trace(data_dir=storage)` reads them), or the address of
+            an object store.
         keys: Who may come in; None: the keys of ``MLD_API_KEYS``. None at all only on a loopback address.
         on_ready: Called with the collector's URL when connections are taken.
 

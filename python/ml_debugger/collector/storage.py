@@ -1,4 +1,4 @@
-"""What a collector keeps: finished files in a folder or an object store, unfinished ones always in a local folder."""
+"""What a collector keeps: finished files in a folder or an object store, unfinished ones in a folder."""
 
 from __future__ import annotations
 
@@ -119,9 +119,10 @@ class Storage:
     def begin(
         self, path: str, length_bytes: int, sha256: str, key_name: str, busy: Collection[str] = ()
     ) -> Upload:
-        """Make room for a slice, or go on with an upload of it that nobody works on (those in ``busy`` are at work).
+        """Make room for a slice, or go on with an upload of it that nobody works on; those in ``busy`` are.
 
-        So a client that has lost the answer to a creation, or its ledger, leaves nothing behind and sends nothing twice.
+        So a client that has lost the answer to a creation, or its ledger, leaves nothing behind and sends
+        nothing twice.
         """
         wanted = (path, length_bytes, sha256, key_name)
         for found in self._uploads.values():

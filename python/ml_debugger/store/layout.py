@@ -189,8 +189,8 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
 
 def _slices(partition_dir: Path) -> list[SegmentEntry]:
     """Slices of a partition that an upload has brought, of the version that `version.json` describes now."""
-    found = sorted((SliceName(int(match[1]), int(match[2]), int(match[3]), int(match[4]), match[5], match[6]), path)
-                   for match, path in _matching(partition_dir, _SLICE))  # fmt: skip
+    names = ((parse_slice_name(path.name), path) for _, path in _matching(partition_dir, _SLICE))
+    found = sorted((name, path) for name, path in names if name is not None)
     if not found:
         return []
     tag = version_tag(read_version(partition_dir.parent.parent))
@@ -206,12 +206,12 @@ def parse_slice_name(name: str) -> SliceName | None:
     match = _SLICE.match(name)
     if match is None:
         return None
-    numbers = [int(group) for group in match.groups()[:4]]
-    return SliceName(*numbers, match[5], match[6])
+    attempt, first_call, rows, ground_truth_rows = map(int, match.groups()[:4])
+    return SliceName(attempt, first_call, rows, ground_truth_rows, match[5], match[6])
 
 
 def version_tag(info: VersionInfo) -> str:
-    """Short name of what a version consists of: slices of a version that was recreated are told apart by it."""
+    """Short name of what a version consists of; tells the slices of a version that was recreated apart."""
     return hashlib.sha256(json.dumps(version_document(info), sort_keys=True).encode("ascii")).hexdigest()[:12]
 
 

@@ -327,6 +327,11 @@ def _contains(sorted_keys: np.ndarray[tuple[int], np.dtype[np.uint64]], key: int
 def partition_segments(
     rank: int, partition: layout.Partition
 ) -> tuple[list[SegmentRef], list[layout.SegmentEntry]]:
+    """(Segments that may be opened, those that a power cut may have torn) of a partition.
+
+    Raises:
+        VanishedError: It was dropped meanwhile.
+    """
     usable, torn = [], []
     for entry in layout.segments(partition.path):
         if not entry.usable:
@@ -350,9 +355,7 @@ def partition_segments(
 
 
 def _decoder(ref: SegmentRef) -> HeaderDecoder:
-    return HeaderDecoder(
-        ref.rank, ref.epoch, ref.attempt, ref.sequence, holds_all_pieces=ref.is_slice
-    )
+    return HeaderDecoder(ref.rank, ref.epoch, ref.attempt, ref.sequence, holds_all_pieces=ref.is_slice)
 
 
 def _headers(ref: SegmentRef) -> Iterator[tuple[int, bytes]]:

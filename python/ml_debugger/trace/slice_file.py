@@ -1,13 +1,15 @@
 """A slice: some calls of a partition in one file, as uploads send them and endpoints keep them.
 
-A ZIP in the layout of an export (npy members, stored uncompressed, and a ``manifest.json``), which holds headers
-and chunks as a segment does (`docs/record_format.md`), so that nothing of what was recorded is converted: dtypes,
-row numbers, attempts and gaps are those of the trace. Readers use it in place of `_core.Segment`.
+A ZIP in the layout of an export (npy members, stored uncompressed, and a ``manifest.json``), which holds
+headers and chunks as a segment does (`docs/record_format.md`), so that nothing of what was recorded is
+converted: dtypes, row numbers, attempts and gaps are those of the trace. Readers use it in place of
+    `_core.Segment`.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import struct
 import zipfile
@@ -16,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import msgpack
 import numpy as np
 
 from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, NotFoundError, StorageError
 from ml_debugger.trace.dtypes import Array
+from ml_debugger.trace.npy_member import MANIFEST_NAME
 
 KEYS, HEADER_ENDS, HEADERS, CHUNKS = "keys.npy", "header_ends.npy", "headers.npy", "chunks.npy"
 
@@ -28,6 +32,11 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _MAX_NPY_HEADER_BYTES = 4096
 _CHECKSUM_BYTES = 5
 _CACHED_INDEXES = 256
+# What reading a file gives that is something else, or bytes of which have changed.
+_DAMAGE = (
+    zipfile.BadZipFile, struct.error, msgpack.PackException, ValueError, KeyError, TypeError, IndexError,
+    EOFError, NotImplementedError, OverflowError, OSError, RecursionError,
+)  # fmt: skip
 _REMEDY = "upload the slice again with force=True, or remove the file"
 
 
@@ -40,6 +49,7 @@ class _Index:
     headers_at: int
     chunks_at: int
     chunks_bytes: int
+    meta: bytes
 
 
 class SliceFile:
@@ -65,6 +75,10 @@ class SliceFile:
             self.close()
             raise
 
+    def meta(self) -> bytes:
+        """The slice's counters, msgpack, as a segment has them."""
+        return self._index.meta
+
     def headers(self, after: int | None = None, limit: int = 1024) -> list[tuple[int, bytes]]:
         """(key, value) of up to ``limit`` headers behind key ``after``, in key order, checksums verified."""
         index = self._index
@@ -83,7 +97,7 @@ class SliceFile:
         return found
 
     def read(self, chunks: Sequence[tuple[int, int, int, int]], out: Any) -> None:
-        """Copy chunks (key, offset in ``out``, bytes, crc32c) to ``out``; a key is an offset among the chunks."""
+        """Copy chunks (key, offset in ``out``, bytes, crc32c) to ``out``; a key is an offset in `CHUNKS`."""
         target = memoryview(out).cast("B")
         for key, offset, length, crc in chunks:
             if key + length > self._index.chunks_bytes:
@@ -140,9 +154,14 @@ def _index_of(path: Path, descriptor: int) -> _Index:
 def _read_index(path: Path, descriptor: int, size_bytes: int) -> _Index:
     try:
         with open(descriptor, "rb", closefd=False) as file, zipfile.ZipFile(file) as archive:
-            arrays = {name: _locate(archive.getinfo(name), file) for name in (KEYS, HEADER_ENDS, HEADERS, CHUNKS)}
+            if any(info.file_size > size_bytes for info in archive.infolist()):
+                raise ValueError("a member is longer than the file")
+            arrays = {
+                name: _locate(archive.getinfo(name), file) for name in (KEYS, HEADER_ENDS, HEADERS, CHUNKS)
+            }
             keys, ends = (_load(file, *arrays[name]) for name in (KEYS, HEADER_ENDS))
-    except (zipfile.BadZipFile, KeyError, ValueError, struct.error, EOFError, NotImplementedError) as error:
+            meta = msgpack.packb(json.loads(archive.read(MANIFEST_NAME))["meta"])
+    except _DAMAGE as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     (headers_dtype, headers_bytes, headers_at), (chunks_dtype, chunks_bytes, chunks_at) = (
         arrays[HEADERS],
@@ -160,7 +179,7 @@ def _read_index(path: Path, descriptor: int, size_bytes: int) -> _Index:
     )
     if not is_sound:
         raise _damaged(path, "its members contradict each other")
-    return _Index(keys, ends, headers_at, chunks_at, chunks_bytes)
+    return _Index(keys, ends, headers_at, chunks_at, chunks_bytes, meta)
 
 
 def _locate(info: zipfile.ZipInfo, file: IO[bytes]) -> tuple[np.dtype[Any], int, int]:

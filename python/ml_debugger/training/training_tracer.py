@@ -127,8 +127,9 @@ class TrainingTracer(TorchTracer):
     def upload(self, n_epoch: int | None = None, *, force: bool = False) -> UploadReport:
         """Send what the endpoint does not hold, of every rank that records into this directory.
 
-        Flushes first, works after ``close()``. Blocks; the work is done by a process of its own. The endpoint is
-        asked what it holds, so that a second call sends nothing, and one after an interruption sends the rest.
+        Flushes first, works after ``close()``. Blocks; the work is done by a process of its own. The
+        endpoint is asked what it holds, so that a second call sends nothing, and one after an interruption
+        sends the rest.
 
         Args:
             n_epoch: None = all, -1 = rows without an epoch. Of an epoch that is not there nothing is sent.

@@ -1,13 +1,14 @@
 """Which committed calls of a rank are in no slice yet.
 
-Made to be asked again and again while a tracer writes: it remembers how far it has looked in every segment, and looks
-again from the start only where the segment's own count says that a call of another thread was committed late.
+Made to be asked again and again while a tracer writes: it remembers how far it has looked in every segment,
+and looks again from the start only where the segment's own count says that a call of another thread was
+committed late.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from ml_debugger import _core
 from ml_debugger.store import layout
 from ml_debugger.trace.catalog import SegmentRef, VanishedError, partition_segments
 from ml_debugger.trace.dtypes import Array
@@ -35,6 +35,16 @@ class _Seen:
     calls: int = 0
     waiting_since: float | None = None
     is_finished: bool = False
+
+
+@dataclass
+class _Walk:
+    """Where a walk through a segment has come to; ``tail``: what does not fill a slice yet."""
+
+    last_key: int | None
+    calls: int
+    tail: SliceDraft | None = None
+    calls_before_tail: int = 0
 
 
 @dataclass
@@ -80,7 +90,8 @@ class Backlog:
 
         Args:
             n_epoch: Only this epoch; -1: rows without one; None: all.
-            tail_age_s: The end of a segment that is still written to waits until it is full, or as old as this.
+            tail_age_s: The end of a segment that is still written to waits until it is full, or as old as
+                this.
 
         Raises:
             VanishedError: An epoch was dropped meanwhile.
@@ -101,9 +112,7 @@ class Backlog:
 
     def draft_of(self, entry: Entry) -> SliceDraft | None:
         """The draft that a slice was cut from; None if its rows are no longer there."""
-        partition = layout.Partition(
-            entry.epoch, layout.partition_directory(self._rank_dir, entry.epoch)
-        )
+        partition = layout.Partition(entry.epoch, layout.partition_directory(self._rank_dir, entry.epoch))
         try:
             self._list(partition)
             found = self._attempt(entry.epoch, entry.attempt)
@@ -135,7 +144,10 @@ class Backlog:
             found.torn = {entry.sequence for entry in torn if entry.attempt == attempt}
         return refs
 
-    def _partition_drafts(self, partition: layout.Partition, tail_age_s: float) -> Any:
+    def _partition_drafts(
+        self, partition: layout.Partition, tail_age_s: float
+    ) -> Generator[SliceDraft, None, bool]:
+        """Drafts of a partition; returns whether nothing can follow."""
         finished = True
         for ref in self._list(partition):
             seen = self._seen.setdefault((ref.path, ref.inode), _Seen())
@@ -146,60 +158,50 @@ class Backlog:
 
     def _segment_drafts(self, ref: SegmentRef, seen: _Seen, tail_age_s: float) -> Iterator[SliceDraft]:
         with ref.opened() as segment:
-            assert isinstance(segment, _core.Segment)
             meta = segment.meta()
         now = time.monotonic()
-        is_due = ref.sealed or (
-            seen.waiting_since is not None and now - seen.waiting_since >= tail_age_s
-        ) or tail_age_s == 0
-        if meta == seen.meta and not is_due:
-            return
-        if not meta:
+        waited_s = 0.0 if seen.waiting_since is None else now - seen.waiting_since
+        takes_tail = ref.sealed or waited_s >= tail_age_s
+        if not meta or (meta == seen.meta and not takes_tail):
             seen.is_finished = ref.sealed
             return
-        expected_calls = int(msgpack.unpackb(meta)["calls"])
-        for start in (seen.last_key, None):
-            calls = seen.calls if start is not None else 0
-            tail = None
-            for draft, calls_before, calls in self._pass(ref, start, calls):
-                if draft is None:
-                    continue
-                if draft.is_full or is_due or tail_age_s == 0:
-                    yield draft
-                else:
-                    tail = (draft, calls_before)
-            if calls >= expected_calls or start is None:
-                break
-        seen.meta = meta
-        if tail is None:
-            seen.calls, seen.last_key, seen.waiting_since = calls, self._last_key, None
-            seen.is_finished = ref.sealed
+        walk = yield from self._walk(ref, seen.last_key, seen.calls, takes_tail)
+        if walk.calls < int(msgpack.unpackb(meta)["calls"]) and seen.last_key is not None:
+            walk = yield from self._walk(ref, None, 0, takes_tail)
+        seen.meta, seen.last_key, seen.calls = meta, walk.last_key, walk.calls
+        seen.is_finished = ref.sealed
+        if walk.tail is None:
+            seen.waiting_since = None
         else:
-            draft, seen.calls = tail
-            first = draft.headers[0][0]
+            seen.calls = walk.calls_before_tail
+            first = walk.tail.headers[0][0]
             seen.last_key = first - 1 if first else None
             seen.waiting_since = now if seen.waiting_since is None else seen.waiting_since
 
-    def _pass(
-        self, ref: SegmentRef, after: int | None, calls: int
-    ) -> Iterator[tuple[SliceDraft | None, int, int]]:
-        """(draft or None, calls before it, calls so far) of one walk through a segment."""
+    def _walk(
+        self, ref: SegmentRef, after: int | None, calls: int, takes_tail: bool
+    ) -> Generator[SliceDraft, None, _Walk]:
+        """Drafts of the headers behind ``after``, up to which there are ``calls``."""
         found = self._attempt(ref.epoch, ref.attempt)
         decoder = decoder_of(ref)
-        draft, calls_before = SliceDraft(ref, found.segments), calls
-        self._last_key = after
+        walk = _Walk(after, calls)
+        draft = SliceDraft(ref, found.segments)
         for key, value in _headers(ref, after):
             header = decoder.decode(key, value)
-            self._last_key = key
             if not found.is_covered(key) and _is_readable(header, found.torn):
                 if not draft.headers:
-                    calls_before = calls
+                    walk.calls_before_tail = walk.calls
                 draft.add(key, value, header)
-            calls += isinstance(header, Call)
+            walk.last_key = key
+            walk.calls += isinstance(header, Call)
             if draft.is_full:
-                yield draft, calls_before, calls
-                draft, calls_before = SliceDraft(ref, found.segments), calls
-        yield draft if draft.headers else None, calls_before, calls
+                yield draft
+                draft = SliceDraft(ref, found.segments)
+        if draft.headers and takes_tail:
+            yield draft
+        elif draft.headers:
+            walk.tail = draft
+        return walk
 
 
 def _is_readable(header: Any, torn: set[int]) -> bool:

@@ -87,7 +87,8 @@ class UploadClient:
     def upload(self, session: TraceSession, n_epoch: int | None, *, force: bool) -> UploadReport:
         """Send what is missing, and wait for it; in a process that ends with this call.
 
-        The one of ``auto_sync``, if there is one, stands back meanwhile: a rank's ledger has one user at a time.
+        The one of ``auto_sync``, if there is one, stands back meanwhile: a rank's ledger has one user at a
+        time.
 
         Raises:
             UploadError: It failed.

@@ -1,8 +1,8 @@
 """The small files of a trace at an endpoint: `version.json`, and each rank's `attempts.json`.
 
-Attempts get their numbers from the endpoint: two machines that record under one name (a job that was restarted with an
-empty disk) both begin with attempt 0, and a row is identified by rank, attempt and call. A number that is taken by
-another attempt is replaced by the next free one.
+Attempts get their numbers from the endpoint: two machines that record under one name (a job that was
+restarted with an empty disk) both begin with attempt 0, and a row is identified by rank, attempt and call.
+A number that is taken by another attempt is replaced by the next free one.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class Documents:
         if not isinstance(found, list) or not all(
             isinstance(entry, dict) and type(entry.get("attempt")) is int for entry in found
         ):
-            raise UploadError(f"{self._attempts_path} at the endpoint is damaged", "restore or remove it there")
+            raise UploadError(
+                f"{self._attempts_path} at the endpoint is damaged", "restore or remove it there"
+            )
         return found
 
     def _send_attempts(self, entries: list[dict[str, Any]]) -> None:
@@ -116,7 +118,7 @@ def _assign(local: list[dict[str, Any]], remote: list[dict[str, Any]]) -> dict[i
                 number = max(taken) + 1
             if number >= layout.MAX_ATTEMPTS:
                 raise UploadError(
-                    f"the endpoint has {layout.MAX_ATTEMPTS} attempts of this rank, the most that fit a row_id",
+                    f"the endpoint has {layout.MAX_ATTEMPTS} attempts of this rank, the most there can be",
                     "use another version_name",
                 )
             found = {**entry, "attempt": number}

@@ -26,7 +26,8 @@ class Endpoint:
 
     Attributes:
         kind: Which transport it takes.
-        address: The folder, or the URL without ``tus+``, ending in ``/`` if it is one of HTTP; holds no secret.
+        address: The folder, or the URL without ``tus+``, ending in ``/`` if it is one of HTTP; holds no
+            secret.
     """
 
     kind: Kind
@@ -46,7 +47,8 @@ def parse_endpoint(text: str | None, *, has_key: bool) -> Endpoint:
         has_key: Whether a key would travel.
 
     Raises:
-        UploadError: There is none, nothing handles it, it holds credentials, or the key would travel in clear.
+        UploadError: There is none, nothing handles it, it holds credentials, or the key would travel in
+            clear.
     """
     if not text:
         raise UploadError("there is no endpoint to upload to", "pass api_endpoint or set MLD_API_ENDPOINT")
@@ -58,9 +60,7 @@ def parse_endpoint(text: str | None, *, has_key: bool) -> Endpoint:
         url = urlsplit(text)
         _ = url.port
     except ValueError as error:
-        raise UploadError(
-            f"the endpoint {shown_endpoint(text)!r} is not a URL", f"name {_KNOWN}"
-        ) from error
+        raise UploadError(f"the endpoint {shown_endpoint(text)!r} is not a URL", f"name {_KNOWN}") from error
     if url.scheme == "file":
         return _folder(url, text)
     if url.scheme in _OBJECT_SCHEMES:

@@ -1,8 +1,9 @@
 """The upload ledger: what one endpoint has been sent of one rank.
 
-It lies beside the rank's rows, ``rank-00000/uploads/<endpoint>/``: one small JSON file a slice, written (temporary
-file, fsync, rename) before the slice is sent and again when the endpoint has it. So a process that dies at any moment
-is followed by one that knows which calls were in which slice, cuts the same bytes, and goes on where the other stopped.
+It lies beside the rank's rows, ``rank-00000/uploads/<endpoint>/``: one small JSON file a slice, written
+(temporary file, fsync, rename) before the slice is sent and again when the endpoint has it. So a process
+that dies at any moment is followed by one that knows which calls were in which slice, cuts the same bytes,
+and goes on where the other stopped.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class Ledger:
 
     @contextlib.contextmanager
     def locked(self, *, timeout_s: float, on_progress: Callable[[int], None]) -> Iterator[bool]:
-        """Be the only uploader of the rank to this endpoint; gives False where ``timeout_s`` is 0 and one is at it.
+        """Be the only uploader of the rank to this endpoint.
+
+        Gives False if another one is at it and ``timeout_s`` is 0.
 
         Args:
             timeout_s: How long to wait for another one that makes no progress.

@@ -1,4 +1,4 @@
-"""A tracer's side of its uploading process: starting it, asking it, ending it. Nothing of it runs between calls."""
+"""A tracer's side of its uploading process: start, ask, end. Nothing of it runs between calls."""
 
 from __future__ import annotations
 
@@ -115,9 +115,7 @@ class UploaderProcess:
         """
         with self._lock:
             self._number += 1
-            self._send(
-                {"command": "upload", "number": self._number, "n_epoch": n_epoch, "force": force}
-            )
+            self._send({"command": "upload", "number": self._number, "n_epoch": n_epoch, "force": force})
             since = time.monotonic()
             while True:
                 for event in self._events(_SLICE_S):

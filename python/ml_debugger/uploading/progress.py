@@ -19,8 +19,8 @@ class UploadProgress:
     """Counts bytes that travelled and shows them.
 
     Args:
-        progress: True or False; None: on standard error if it is a terminal; or a callable that takes the bytes sent
-            so far.
+        progress: True or False; None: on standard error if it is a terminal; or a callable that takes the
+            bytes sent so far.
     """
 
     def __init__(self, progress: bool | ProgressCallback | None) -> None:

@@ -128,7 +128,8 @@ class RankUpload:
             self._attempts = self._documents.attempts()
         if attempt not in self._attempts:
             raise StorageError(
-                f"{self._rank_dir / 'attempts.json'} does not list attempt {attempt}", "restore it from a copy"
+                f"{self._rank_dir / 'attempts.json'} does not list attempt {attempt}",
+                "restore it from a copy",
             )
         return self._info, self._attempts[attempt]
 
@@ -193,7 +194,13 @@ class RankUpload:
     def _send_slice(self, piece: Slice, draft: SliceDraft, url: str | None, before: Entry | None) -> Entry:
         ref = draft.ref
         entry = Entry(
-            ref.epoch, ref.attempt, ref.sequence, str(piece.name), piece.length_bytes, runs_of(draft.keys), url=url
+            ref.epoch,
+            ref.attempt,
+            ref.sequence,
+            str(piece.name),
+            piece.length_bytes,
+            runs_of(draft.keys),
+            url=url,
         )
         if before is not None and before.name != entry.name:
             self._ledger.remove(before)  # the endpoint has lost its documents, and numbers attempts anew

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timezone
+from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
 from ml_debugger.errors import UploadError
@@ -89,14 +89,14 @@ def retry_after_s(value: str | None, date: str | None) -> float | None:
     if value.strip().isascii() and value.strip().isdigit():
         return min(float(value.strip()[:9]), MAX_RETRY_AFTER_S)
     try:
-        until = parsedate_to_datetime(value)
-        now = parsedate_to_datetime(date) if date is not None else None
-        until, now = (
-            moment if moment is None or moment.tzinfo is not None else moment.replace(tzinfo=timezone.utc)
-            for moment in (until, now)
-        )
-        assert until is not None
-        # Without the server's clock the two clocks may be years apart; then our own backoff must do.
-        return None if now is None else min(max(0.0, (until - now).total_seconds()), MAX_RETRY_AFTER_S)
+        if date is None:
+            return None  # the two clocks may be years apart; our own backoff must do
+        wait = _moment(value) - _moment(date)
+        return min(max(0.0, wait.total_seconds()), MAX_RETRY_AFTER_S)
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _moment(text: str) -> datetime:
+    found = parsedate_to_datetime(text)
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)

@@ -1,7 +1,8 @@
 """Cutting slices: some committed calls of a segment become one file, the same bytes each time.
 
-A slice holds what `ml_debugger.trace.slice_file` reads. Headers are those of the store; only the places of chunks
-are written anew (offsets in the slice), and the number of the attempt where the endpoint knows it by another one.
+A slice holds what `ml_debugger.trace.slice_file` reads. Headers are those of the store; only the places of
+chunks are written anew (offsets in the slice), and the number of the attempt where the endpoint knows it by
+another one.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class SliceDraft:
         payload_bytes: What the slice will take, about.
         rows: Rows of ``extracted_feature``.
         ground_truth_rows: Rows of ``ground_truth``.
+        calls: How many of the headers are calls; the others are gaps.
+        discarded_rows: Rows that the gaps stand for.
     """
 
     ref: SegmentRef
@@ -54,6 +57,8 @@ class SliceDraft:
     payload_bytes: int = 0
     rows: int = 0
     ground_truth_rows: int = 0
+    calls: int = 0
+    discarded_rows: int = 0
 
     @property
     def keys(self) -> list[int]:
@@ -69,7 +74,10 @@ class SliceDraft:
         """Take in a header that follows those that are there."""
         self.headers.append((key, value))
         self.payload_bytes += len(value)
-        if isinstance(header, Call):
+        if isinstance(header, Gap):
+            self.discarded_rows += header.rows
+        else:
+            self.calls += 1
             self.rows += header.rows
             self.ground_truth_rows += header.ground_truth_rows
             self.payload_bytes += sum(chunk[3] for chunk in header.chunks if chunk[1] != INLINE)
@@ -112,7 +120,7 @@ def cut_slice(draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, An
     keys, headers, reads, chunk_bytes = _relocate(draft, int(attempt["attempt"]))
     file: IO[bytes] = io.BytesIO()
     if draft.payload_bytes > _IN_MEMORY_BYTES:
-        file = tempfile.TemporaryFile(dir=spool_dir)
+        file = tempfile.TemporaryFile(dir=spool_dir)  # noqa: SIM115 (the slice closes it)
     try:
         with NpyZipWriter(file) as archive:
             archive.write_array(KEYS, np.array(keys, np.uint64))
@@ -227,8 +235,14 @@ def _manifest(
         "epoch": None if draft.ref.epoch == layout.NO_EPOCH else draft.ref.epoch,
         "attempt": attempt,
         "calls": [draft.headers[0][0], draft.headers[-1][0]],
-        "rows": draft.rows,
-        "ground_truth_rows": draft.ground_truth_rows,
+        "meta": {
+            "format_version": layout.FORMAT_VERSION,
+            "rows": draft.rows,
+            "ground_truth_rows": draft.ground_truth_rows,
+            "calls": draft.calls,
+            "payload_bytes": draft.payload_bytes,
+            "discarded_rows": draft.discarded_rows,
+        },
         "members": members,
     }
 

@@ -32,7 +32,8 @@ def upload_trace(
 ) -> UploadReport:
     """Send what an endpoint does not hold of a trace, all of its ranks; also while a tracer writes to it.
 
-    Blocks, in the calling process. Interrupted at any moment, it goes on where it stopped when it is called again.
+    Blocks, in the calling process. Interrupted at any moment, it goes on where it stopped when it is called
+    again.
 
     Args:
         model_name: As given to the tracer.

@@ -1,12 +1,14 @@
-"""The uploading process: ``python -m ml_debugger.uploading.worker``, started by a tracer, spoken to by lines of JSON.
+"""The uploading process, ``python -m ml_debugger.uploading.worker``, which a tracer starts.
 
-Standard input: first the job (the key in it: a pipe is seen by nobody else, unlike arguments and environment), then
-commands. Its end means that the tracer's process is gone. Standard output: events. Nothing of a training process is in
-here, no torch, no GIL of its own; it reads what is committed, as any reader does.
+Both talk in lines of JSON. Standard input: first the job (the key in it: a pipe is seen by nobody else,
+unlike arguments and environment), then commands. Its end means that the tracer's process is gone. Standard output: events.
+Nothing of a training process is in here, no torch, no GIL of its own; it reads what is committed, as any
+reader does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -116,7 +118,9 @@ class Worker:
         try:
             report = self._uploads.run(command["n_epoch"], force=command["force"])
         except MlDebuggerError as error:
-            _tell({"number": number, "error": _class_name(error), "message": error.message, "hint": error.hint})
+            _tell(
+                {"number": number, "error": _class_name(error), "message": error.message, "hint": error.hint}
+            )
             return
         finally:
             self._is_asked = False
@@ -141,7 +145,7 @@ _telling = threading.Lock()
 
 
 def _tell(event: dict[str, Any]) -> None:
-    """Say something. Nobody may be reading: figures of progress are then left out, so that nothing ever waits."""
+    """Say something. Nobody may be reading: then it is left out, so that nothing ever waits."""
     line = json.dumps(event).encode("ascii") + b"\n"
     with _telling:
         try:
@@ -152,7 +156,7 @@ def _tell(event: dict[str, Any]) -> None:
 
 
 def _lines() -> Iterator[bytes]:
-    """Lines of standard input, read without a buffer of Python's: its lock would not outlive the interpreter."""
+    """Lines of standard input, without Python's buffer, whose lock would not outlive the interpreter."""
     rest = b""
     while data := os.read(sys.stdin.fileno(), 1 << 16):
         *lines, rest = (rest + data).split(b"\n")
@@ -161,10 +165,8 @@ def _lines() -> Iterator[bytes]:
 
 def main() -> None:
     """Read the job, do it."""
-    try:
+    with contextlib.suppress(OSError):
         os.nice(_NICE)
-    except OSError:
-        pass
     lines = _lines()
     job = next(lines, None)
     if job is None:

@@ -36,7 +36,7 @@ class Item:
 
 
 class Transport(Protocol):
-    """Sends files to one endpoint. Every method may block; each raises UploadError, or AuthenticationError."""
+    """Sends files to one endpoint. Methods may block; they raise UploadError or AuthenticationError."""
 
     keeps_documents: bool
     """Whether `read` and `swap` work: if not, a document is an item like any other."""

@@ -1,4 +1,4 @@
-"""Our own collector: tus for slices, and a little more: a list of what it holds, and documents that change."""
+"""Our own collector: tus for slices, a list of what it holds, and documents that change."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class CollectorTransport(TusTransport):
 
     def __init__(self, address: str, key: str | None, policy: RetryPolicy) -> None:
         super().__init__(f"{address}files/", key, policy)
-        # It verifies every slice as a whole, so that parts need no checksum of their own, and a cut loses nothing.
+        # It verifies every slice as a whole, so that parts need no checksum of their own, and a cut loses
+        # nothing.
         self._extensions = frozenset({"creation", "termination"})
 
     def held(self, trace: str, urls: Mapping[str, str]) -> dict[str, int]:
         """Length by path of every file of a trace."""
-        answer = self._retried(lambda: self.http.request("GET", f"../list/{quote(trace)}"))
+        answer = self.retried(lambda: self.http.request("GET", f"../list/{quote(trace)}"))
         try:
             listed = json.loads(answer.body)["files"]
             return {str(path): int(length) for path, length in listed.items()}
@@ -41,9 +42,7 @@ class CollectorTransport(TusTransport):
 
     def read(self, path: str) -> bytes | None:
         """A document's bytes."""
-        answer = self._retried(
-            lambda: self.http.request("GET", f"../data/{quote(path)}", accept=(200, 404))
-        )
+        answer = self.retried(lambda: self.http.request("GET", f"../data/{quote(path)}", accept=(200, 404)))
         return answer.body if answer.status == 200 else None
 
     def swap(self, path: str, old: bytes | None, new: bytes) -> bool:
@@ -57,7 +56,7 @@ class CollectorTransport(TusTransport):
             return answer.status != 412
 
         # An answer may be lost after the work was done: then it is ours that stands there.
-        return bool(self._retried(put)) or self.read(path) == new
+        return bool(self.retried(put)) or self.read(path) == new
 
 
 def _sha256(data: bytes) -> str:

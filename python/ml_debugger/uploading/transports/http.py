@@ -52,7 +52,8 @@ class HttpClient:
         if key is not None:
             if not key.isascii() or not key.isprintable() or " " in key:
                 raise UploadError(
-                    "the key holds characters that no HTTP header can carry", "check MLD_API_KEY for a line break"
+                    "the key holds characters that no HTTP header can carry",
+                    "check MLD_API_KEY for a line break",
                 )
             headers["Authorization"] = f"Bearer {key}"
         idle = min(_IDLE_TIMEOUT_S, policy.stall_timeout_s)
@@ -102,7 +103,9 @@ class HttpClient:
                 for part in response.iter_raw():
                     body += part
                     if len(body) > _MAX_ANSWER_BYTES:
-                        raise UploadError(f"the answer of {self._shown(target)} has no end", "check the endpoint")
+                        raise UploadError(
+                            f"the answer of {self._shown(target)} has no end", "check the endpoint"
+                        )
                 answer = Answer(response.status_code, dict(response.headers), body)
         except httpx.HTTPError as error:
             raise self._network_error(error, target) from None
@@ -142,7 +145,8 @@ class HttpClient:
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return UploadError(
-                    f"the certificate of {self._shown(url)} is not accepted: {self._clean(cause.verify_message)}",
+                    f"the certificate of {self._shown(url)} is not accepted: "
+                    f"{self._clean(cause.verify_message)}",
                     "correct the server's certificate, or name its authority in SSL_CERT_FILE",
                 )
             cause = cause.__cause__ or cause.__context__
@@ -163,13 +167,17 @@ class HttpClient:
             )
         if 300 <= status < 400:
             return UploadError(
-                f"{message} (a redirect, which is not followed)", "name the address where it leads as the endpoint"
+                f"{message} (a redirect, which is not followed)",
+                "name the address where it leads as the endpoint",
             )
         if status in _TRANSIENT or status >= 500:
             wait = retry_after_s(answer.headers.get("retry-after"), answer.headers.get("date"))
             hint = "free space at the endpoint" if status == 507 else ""
             return TransientError(message, hint, wait)
-        hints = {404: "check the path of the endpoint", 413: "raise the quota or the size limit of the endpoint"}
+        hints = {
+            404: "check the path of the endpoint",
+            413: "raise the quota or the size limit of the endpoint",
+        }
         return UploadError(message, hints.get(status, "check the endpoint"))
 
 
@@ -185,7 +193,7 @@ def _origin(url: str) -> tuple[str, str, int]:
 
 
 def _trust() -> ssl.SSLContext:
-    """The authorities of ``SSL_CERT_FILE`` or ``SSL_CERT_DIR``; else the system's, and Mozilla's (certifi)."""
+    """Authorities of ``SSL_CERT_FILE`` or ``SSL_CERT_DIR``; else the system's and Mozilla's (certifi)."""
     context = ssl.create_default_context()
     if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
         import certifi

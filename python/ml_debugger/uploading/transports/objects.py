@@ -21,7 +21,7 @@ _CONCURRENCY = 4
 
 
 class ObjectTransport:
-    """Puts objects; credentials come from the environment, as the cloud's own tools read them; see `Transport`."""
+    """Puts objects; credentials come from the environment, as for the cloud's own tools; see `Transport`."""
 
     keeps_documents = True
 
@@ -47,7 +47,9 @@ class ObjectTransport:
         with self._errors("list"):
             listed = self._obstore.list(self._store, prefix=prefix or None)
             return [
-                (entry["path"], int(entry["size"]), entry["last_modified"]) for batch in listed for entry in batch
+                (entry["path"], int(entry["size"]), entry["last_modified"])
+                for batch in listed
+                for entry in batch
             ]
 
     def has(self, path: str) -> bool:
@@ -68,7 +70,7 @@ class ObjectTransport:
             return None
 
     def swap(self, path: str, old: bytes | None, new: bytes) -> bool:
-        """Replace an object if it still is ``old``; where the store knows no conditions, the last one wins."""
+        """Replace an object if it still is ``old``; in a store without conditions the last one wins."""
         errors = self._obstore.exceptions
         mode: Any = "create"
         if old is not None:

@@ -6,9 +6,10 @@ The server's offset is the truth about what has arrived; ours only tells what to
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import IO
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, TypeVar
 
 from ml_debugger.errors import AuthenticationError, UploadError
 from ml_debugger.uploading.retry import Retries, RetryPolicy, TransientError
@@ -22,6 +23,8 @@ _GONE = (404, 410)
 # By preference; tus servers name what they know.
 _CHECKSUMS = ("sha256", "sha1", "md5")
 FILETYPE = "application/zip"
+
+_Result = TypeVar("_Result")
 
 
 class TusTransport:
@@ -45,7 +48,7 @@ class TusTransport:
         """Length by path of the uploads that are complete: each is asked for, there is no list."""
         found = {}
         for path, url in urls.items():
-            answer = self._retried(lambda url=url: self._head(url))  # type: ignore[misc]
+            answer = self.retried(functools.partial(self._head, url))
             if answer.status not in _GONE:
                 offset, length = (_number(answer, name) for name in ("upload-offset", "upload-length"))
                 if offset is not None and offset == length:
@@ -116,7 +119,8 @@ class TusTransport:
             "Upload-Metadata": encoded,
         }
 
-    def _retried(self, operation):  # type: ignore[no-untyped-def]
+    def retried(self, operation: Callable[[], _Result]) -> _Result:
+        """Do something as often as it takes."""
         retries = Retries(self._policy)
         while True:
             try:
@@ -143,7 +147,9 @@ class TusTransport:
         answer = self.http.request("POST", "", headers=self.create_headers(item), accept=(201,))
         location = answer.headers.get("location")
         if not location:
-            raise UploadError("the endpoint created an upload without a Location", "check that it is a tus server")
+            raise UploadError(
+                "the endpoint created an upload without a Location", "check that it is a tus server"
+            )
         # Our collector goes on with an upload whose place was lost, and says from where.
         offset = _number(answer, "upload-offset") or 0
         return self.http.resolve(location), offset if offset <= item.length_bytes else 0
