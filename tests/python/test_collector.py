@@ -409,3 +409,35 @@ def test_a_wrong_key_is_an_authentication_error(url: str, data_dir: Path) -> Non
         with pytest.raises(AuthenticationError, match="401") as caught:
             upload_trace("net", "v1", data_dir=data_dir, endpoint=url, api_key=key)
         assert "MLD_API_KEY" in caught.value.hint
+
+
+def test_open_trace_reads_a_collector_by_its_address(
+    url: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLD_API_KEY", KEY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_trace(data_dir)
+    with pytest.raises(KeyError, match="no trace"):
+        open_trace("net", "v1", url)
+    assert not (tmp_path / "cache").exists()
+    upload_trace("net", "v1", data_dir=data_dir, endpoint=url, n_epoch=0)
+    assert open_trace("net", "v1", url).epochs == [0]
+    upload_trace("net", "v1", data_dir=data_dir, endpoint=url)
+    assert_same_trace(data_dir, url)  # type: ignore[arg-type]
+    from ml_debugger.uploading.transports.collector import CollectorTransport
+
+    trace = next(path for path in (tmp_path / "cache").glob("ml_debugger/*/*/*")).relative_to(
+        next((tmp_path / "cache" / "ml_debugger").iterdir())
+    )
+    evil = {
+        f"{trace}/version.json": 1,
+        str(tmp_path / "version.json"): 1,
+        f"{trace}/../../../version.json": 1,
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(CollectorTransport, "held", lambda self, trace, urls: evil)
+        open_trace("net", "v1", url)
+    assert not list(tmp_path.glob("**/cache/version.json")) and not (tmp_path / "version.json").exists()
+    monkeypatch.setenv("MLD_API_KEY", "wrong")
+    with pytest.raises(AuthenticationError):
+        open_trace("net", "v1", url)

@@ -1,4 +1,4 @@
-"""Uploads to servers that are not ours: a tus server and an S3 server from packages, where these are installed."""
+"""Uploads to servers that are not ours: a tus server and an S3 server from packages, where installed."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         [program, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     settings = {
-        "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "a", "AWS_REGION": "us-east-1",
-        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "a",
+        "AWS_REGION": "us-east-1", "AWS_SECRET_ACCESS_KEY": "b",
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(name, value)

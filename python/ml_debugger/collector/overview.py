@@ -20,6 +20,7 @@ from ml_debugger.errors import NotFoundError
 from ml_debugger.exporting import export_trace
 from ml_debugger.exporting.naming import default_name
 from ml_debugger.store import layout
+from ml_debugger.uploading.mirror import mirror_trace
 from ml_debugger.uploading.transports.folder import FolderTransport
 
 _STYLE = (
@@ -95,7 +96,7 @@ class Overview:
                     trace_dir = transport.root / trace
                 else:
                     trace_dir = Path(place.name) / trace
-                    self._fetch(trace, Path(place.name))
+                    mirror_trace(transport, trace, Path(place.name))
                 info = layout.read_version(trace_dir)
                 name = default_name(info.model_name, info.version_name, None)
                 path = export_trace(trace_dir, Path(place.name) / "export.zip", progress=False)
@@ -105,15 +106,6 @@ class Overview:
         return FileResponse(
             path, media_type="application/zip", filename=name, background=BackgroundTask(place.cleanup)
         )
-
-    def _fetch(self, trace: str, directory: Path) -> None:
-        for path in self._storage.transport.held(trace, {}):
-            data = self._storage.transport.read(path)
-            if data is None or not (is_document_path(path) or slice_of(path) is not None):
-                continue
-            target = directory / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
 
     def _summary(self, trace: str, files: list[tuple[str, int, datetime]]) -> TraceSummary | None:
         info = self._version(f"{trace}/version.json", files)

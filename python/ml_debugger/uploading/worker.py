@@ -1,9 +1,10 @@
 """The uploading process, ``python -m ml_debugger.uploading.worker``, which a tracer starts.
 
-Both talk in lines of JSON. Standard input: first the job (the key in it: a pipe is seen by nobody else,
-unlike arguments and environment), then commands. Its end means that the tracer's process is gone. Standard output: events.
-Nothing of a training process is in here, no torch, no GIL of its own; it reads what is committed, as any
-reader does.
+Both talk in lines of JSON. Standard input: first the job, then commands; its end means that the tracer's
+process is gone. The key comes with the job: a pipe is seen by nobody else, unlike arguments (anybody's
+`ps`) and the environment (inherited further, and readable in /proc as long as the process lives).
+Standard output: events. Nothing of a training process is in here, no torch, no GIL of its own; it reads
+what is committed, as any reader does.
 """
 
 from __future__ import annotations

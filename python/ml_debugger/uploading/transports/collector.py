@@ -41,8 +41,10 @@ class CollectorTransport(TusTransport):
             ) from error
 
     def read(self, path: str) -> bytes | None:
-        """A document's bytes."""
-        answer = self.retried(lambda: self.http.request("GET", f"../data/{quote(path)}", accept=(200, 404)))
+        """A file's bytes."""
+        answer = self.retried(
+            lambda: self.http.request("GET", f"../data/{quote(path)}", accept=(200, 404), max_bytes=None)
+        )
         return answer.body if answer.status == 200 else None
 
     def swap(self, path: str, old: bytes | None, new: bytes) -> bool:

@@ -81,6 +81,7 @@ class HttpClient:
         headers: dict[str, str] | None = None,
         content: bytes | Iterable[bytes] | None = None,
         accept: tuple[int, ...] = (200, 201, 204),
+        max_bytes: int | None = _MAX_ANSWER_BYTES,
     ) -> Answer:
         """Send one request, once.
 
@@ -90,6 +91,7 @@ class HttpClient:
             headers: Besides the usual ones.
             content: The body.
             accept: Statuses that are an answer; every other one is an error.
+            max_bytes: Longest answer that is believed; None: any.
 
         Raises:
             TransientError: It may work another time.
@@ -99,14 +101,14 @@ class HttpClient:
         target = self.resolve(url)
         try:
             with self._client.stream(method, target, headers=headers, content=content) as response:
-                body = b""
+                body = bytearray()
                 for part in response.iter_raw():
                     body += part
-                    if len(body) > _MAX_ANSWER_BYTES:
+                    if max_bytes is not None and len(body) > max_bytes:
                         raise UploadError(
                             f"the answer of {self._shown(target)} has no end", "check the endpoint"
                         )
-                answer = Answer(response.status_code, dict(response.headers), body)
+                answer = Answer(response.status_code, dict(response.headers), bytes(body))
         except httpx.HTTPError as error:
             raise self._network_error(error, target) from None
         except (httpx.InvalidURL, UnicodeError) as error:
