@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from upload_support import assert_same_trace, write_trace
 
 from ml_debugger.errors import UploadError
 from ml_debugger.store import layout
 from ml_debugger.uploading import upload_trace
+from upload_support import assert_same_trace, write_trace
 
 DEADLINE_S = 30.0
 
