@@ -325,7 +325,14 @@ if end == "interrupt":
 """
 
 
-@pytest.mark.parametrize("end", ["return", "exit", "error", "interrupt", "kill"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "interrupt",
+        "kill",
+        *(pytest.param(end, marks=pytest.mark.soak) for end in ("return", "exit", "error")),
+    ],
+)
 def test_however_the_process_ends_what_was_committed_arrives(end: str, data_dir: Path, there: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(there), end]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)

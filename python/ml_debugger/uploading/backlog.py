@@ -85,6 +85,10 @@ class Backlog:
         """The calls of a slice need no other one."""
         self._attempt(entry.epoch, entry.attempt).cover(entry.keys)
 
+    def cover_keys(self, epoch: int, attempt: int, keys: list[int]) -> None:
+        """These calls are on their way."""
+        self._attempt(epoch, attempt).cover(np.array(keys, np.uint64))
+
     def drafts(self, n_epoch: int | None, *, tail_age_s: float) -> Iterator[SliceDraft]:
         """Slices to cut now, each full, or the end of its segment.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,26 +160,49 @@ class RankUpload:
                     self._transport.discard(entry.url)
                 self._ledger.remove(entry)
             return
-        self._send(draft, None if begins_anew else entry.url, entry)
+        piece = self._cut(draft, *self._prepare(draft.ref.attempt))
+        if piece is not None:
+            self._send(piece, draft, None if begins_anew else entry.url, entry)
 
     # New ones
 
     def _send_backlog(self, n_epoch: int | None, tail_age_s: float) -> None:
         try:
-            for draft in self._backlog.drafts(n_epoch, tail_age_s=tail_age_s):
-                entry = self._send(draft, None, None)
-                if entry is not None:
-                    self._backlog.cover(entry)
+            with ThreadPoolExecutor(1, "ml-debugger-cut") as cutter:
+                self._send_drafts(self._backlog.drafts(n_epoch, tail_age_s=tail_age_s), cutter)
         except VanishedError:
             # Dropped under us. What else was committed comes with the next look.
             if tail_age_s == 0:
                 self._send_backlog(n_epoch, tail_age_s)
+        except BaseException:
+            self._is_loaded = False  # calls count as covered before they are sent; the ledger knows better
+            raise
 
-    def _send(self, draft: SliceDraft, url: str | None, before: Entry | None) -> Entry | None:
-        """Cut and send a slice; None if its rows were dropped meanwhile."""
-        info, attempt = self._prepare(draft.ref.attempt)
+    def _send_drafts(self, drafts: Iterator[SliceDraft], cutter: ThreadPoolExecutor) -> None:
+        """While one slice travels, the next one is cut."""
+        ahead: deque[tuple[SliceDraft, Future[Slice | None]]] = deque()
         try:
-            piece = cut_slice(draft, info, attempt, self._ledger.directory)
+            for draft in drafts:
+                self._backlog.cover_keys(draft.ref.epoch, draft.ref.attempt, draft.keys)
+                ahead.append((draft, cutter.submit(self._cut, draft, *self._prepare(draft.ref.attempt))))
+                if len(ahead) > 1:
+                    self._send_next(ahead)
+            while ahead:
+                self._send_next(ahead)
+        finally:
+            for _, future in ahead:
+                future.add_done_callback(_close_slice)
+
+    def _send_next(self, ahead: deque[tuple[SliceDraft, Future[Slice | None]]]) -> None:
+        draft, future = ahead.popleft()
+        piece = future.result()
+        if piece is not None:
+            self._send(piece, draft, None, None)
+
+    def _cut(self, draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, Any]) -> Slice | None:
+        """Cut a slice; None if its rows were dropped meanwhile."""
+        try:
+            return cut_slice(draft, info, attempt, self._ledger.directory)
         except VanishedError:
             return None
         except OSError as error:
@@ -186,12 +211,14 @@ class RankUpload:
             raise UploadError(
                 f"cannot write into {self._ledger.directory}: {error.strerror}", "free disk space"
             ) from error
+
+    def _send(self, piece: Slice, draft: SliceDraft, url: str | None, before: Entry | None) -> None:
         try:
-            return self._send_slice(piece, draft, url, before)
+            self._send_slice(piece, draft, url, before)
         finally:
             piece.close()
 
-    def _send_slice(self, piece: Slice, draft: SliceDraft, url: str | None, before: Entry | None) -> Entry:
+    def _send_slice(self, piece: Slice, draft: SliceDraft, url: str | None, before: Entry | None) -> None:
         ref = draft.ref
         entry = Entry(
             ref.epoch,
@@ -223,10 +250,8 @@ class RankUpload:
                 self._count,
             )
         )
-        entry = entry.confirmed()
-        self._ledger.put(entry)
+        self._ledger.put(entry.confirmed())
         self._tally.segments_sent += 1
-        return entry
 
     def _count(self, length_bytes: int) -> None:
         self._tally.bytes_sent += length_bytes
@@ -238,7 +263,6 @@ class RankUpload:
         return f"{self._trace}/{self._rank_dir.name}/{partition}/{entry.name}"
 
 
-def ranks_of(trace_dir: Path) -> Iterator[int]:
-    """Ranks that have recorded here."""
-    for rank, _ in layout.rank_directories(trace_dir):
-        yield rank
+def _close_slice(future: Future[Slice | None]) -> None:
+    if not future.cancelled() and future.exception() is None and (piece := future.result()) is not None:
+        piece.close()

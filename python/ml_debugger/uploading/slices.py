@@ -118,9 +118,7 @@ def cut_slice(draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, An
         OSError: ``spool_dir`` cannot be written to.
     """
     keys, headers, reads, chunk_bytes = _relocate(draft, int(attempt["attempt"]))
-    file: IO[bytes] = io.BytesIO()
-    if draft.payload_bytes > _IN_MEMORY_BYTES:
-        file = tempfile.TemporaryFile(dir=spool_dir)  # noqa: SIM115 (the slice closes it)
+    file = _memory_file() if draft.payload_bytes <= _IN_MEMORY_BYTES else _disk_file(spool_dir)
     try:
         with NpyZipWriter(file) as archive:
             archive.write_array(KEYS, np.array(keys, np.uint64))
@@ -146,6 +144,18 @@ def cut_slice(draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, An
     except BaseException:
         file.close()
         raise
+
+
+def _memory_file() -> IO[bytes]:
+    """A file in memory; where the system has such, one that grows without being copied."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("ml-debugger-slice", os.MFD_CLOEXEC), "w+b")
+    return io.BytesIO()
+
+
+def _disk_file(directory: Path) -> IO[bytes]:
+    file: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (the slice closes it)
+    return file
 
 
 @dataclass(frozen=True, slots=True)
