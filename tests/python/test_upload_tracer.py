@@ -87,6 +87,13 @@ def uploaders() -> set[str]:
     return found
 
 
+def the_uploader() -> str:
+    """Its process; the kernel shows the name of a new program a moment after its start."""
+    wait_until(lambda: bool(uploaders()))
+    (pid,) = uploaders()
+    return pid
+
+
 def test_upload_flushes_sends_what_is_missing_and_works_after_close(
     make: Any, data_dir: Path, there: Path
 ) -> None:
@@ -196,8 +203,7 @@ def test_the_key_is_in_no_process_list(make: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MLD_API_KEY", KEY)
     with collector(tmp_path / "storage") as url:
         tracer = make(url, auto_sync=True)
-        (pid,) = uploaders()
-        wait_until(lambda: b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        pid = the_uploader()
         for name in ("cmdline", "environ"):
             assert KEY.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
         record(tracer, 0)
@@ -249,7 +255,7 @@ def test_a_killed_uploader_is_reported_and_costs_nothing(
     make: Any, data_dir: Path, there: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracer = make(there, auto_sync=True)
-    (pid,) = uploaders()
+    pid = the_uploader()
     record(tracer, 0)
     os.kill(int(pid), signal.SIGKILL)
     record(tracer, 1)
@@ -284,7 +290,7 @@ def test_an_uploader_that_dies_while_it_is_waited_for_is_an_upload_error(
 
 def test_a_drop_is_not_held_up_by_the_uploader(make: Any, data_dir: Path, there: Path) -> None:
     tracer = make(there, auto_sync=True)
-    (pid,) = uploaders()
+    pid = the_uploader()
     for epoch in range(6):
         record(tracer, epoch)
         if epoch % 2:
@@ -343,7 +349,7 @@ def test_however_the_process_ends_what_was_committed_arrives(end: str, data_dir:
 
 def test_a_forked_child_leaves_its_parents_uploader_alone(make: Any, there: Path) -> None:
     tracer = make(there, auto_sync=True)
-    before = uploaders()
+    before = {the_uploader()}
     child = os.fork()
     if child == 0:
         try:
@@ -359,7 +365,7 @@ def test_a_forked_child_leaves_its_parents_uploader_alone(make: Any, there: Path
 def test_the_uploader_needs_no_torch_and_gives_way_to_the_training(make: Any, there: Path) -> None:
     tracer = make(there, auto_sync=True)
     record(tracer, 0)
-    (pid,) = uploaders()
+    pid = the_uploader()
     wait_until(lambda: rows_of(there) == 3 * ROWS)
     maps = Path(f"/proc/{pid}/maps").read_text()
     assert "libtorch" not in maps
