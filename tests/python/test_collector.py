@@ -328,6 +328,7 @@ def test_a_client_that_comes_again_is_served_though_its_old_connection_hangs(
     deadline = time.monotonic() + 10
     while (offset := int(client.head(place).headers["upload-offset"])) == 0 and time.monotonic() < deadline:
         pass
+    assert offset == 60, "what came before is kept"
     assert patch(client, place, offset, DATA[offset:]).status_code == 204
     assert (storage / upload.path).read_bytes() == DATA
     hanging.close()
@@ -435,7 +436,13 @@ def test_open_trace_reads_a_collector_by_its_address(
         f"{trace}/../../../version.json": 1,
     }
     with monkeypatch.context() as patched:
+        real = CollectorTransport.read
         patched.setattr(CollectorTransport, "held", lambda self, trace, urls: evil)
+        patched.setattr(
+            CollectorTransport,
+            "read",
+            lambda self, path: real(self, path) if path == f"{trace}/version.json" else b"{}",
+        )
         open_trace("net", "v1", url)
     assert not list(tmp_path.glob("**/cache/version.json")) and not (tmp_path / "version.json").exists()
     monkeypatch.setenv("MLD_API_KEY", "wrong")

@@ -327,7 +327,7 @@ if end == "error":
 if end == "exit":
     sys.exit(3)
 if end == "interrupt":
-    os.kill(os.getpid(), signal.SIGINT)
+    os.killpg(os.getpgrp(), signal.SIGINT)  # as a terminal does: to every process of the group
 """
 
 
@@ -341,7 +341,8 @@ if end == "interrupt":
 )
 def test_however_the_process_ends_what_was_committed_arrives(end: str, data_dir: Path, there: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(there), end]
-    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command, timeout=60, start_new_session=True, **quiet)
     if end == "kill":  # the uploader has outlived it, for a moment
         wait_until(lambda: rows_of(there) == 20)
     assert rows_of(there) == 20
@@ -370,7 +371,7 @@ def test_the_uploader_needs_no_torch_and_gives_way_to_the_training(make: Any, th
     maps = Path(f"/proc/{pid}/maps").read_text()
     assert "libtorch" not in maps
     niceness = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16])
-    assert niceness == 10
+    assert niceness == min(19, os.nice(0) + 10)
     tracer.close()
 
 

@@ -141,8 +141,6 @@ class UploaderProcess:
 
     def finish(self, timeout_s: float) -> None:
         """Let it send what is left, for so long, and end it. What is left then goes with the next upload."""
-        if self.is_inherited:
-            return
         with self._lock:
             begin = time.monotonic()
             with contextlib.suppress(UploadError):
@@ -155,9 +153,8 @@ class UploaderProcess:
 
     def kill(self) -> None:
         """End it at once: nothing is lost by that but the time for what is under way."""
-        if not self.is_inherited:
-            self._process.kill()
-            self._reap()
+        self._process.kill()
+        self._reap()
 
     def _end(self, *, is_late: bool, timeout_s: float) -> None:
         try:
