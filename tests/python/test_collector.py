@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -332,6 +333,39 @@ def test_a_client_that_comes_again_is_served_though_its_old_connection_hangs(
     assert patch(client, place, offset, DATA[offset:]).status_code == 204
     assert (storage / upload.path).read_bytes() == DATA
     hanging.close()
+
+
+def test_a_client_that_comes_again_while_its_slice_is_verified_waits_for_that(
+    client: Any, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by cutting the connection at every byte: a HEAD in that moment was answered with status 500."""
+    from ml_debugger.uploading.transports.folder import FolderTransport
+
+    upload = item(DATA)
+    place = begin(client, upload)
+    adopt = FolderTransport.adopt
+    moved, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        adopt(*arguments)
+        moved.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(FolderTransport, "adopt", slow)
+    answers: list[int] = []
+    sender = threading.Thread(target=lambda: answers.append(patch(client, place, 0, DATA).status_code))
+    asker = threading.Thread(
+        target=lambda: answers.append(int(client.head(place).headers.get("upload-offset", -1)))
+    )
+    sender.start()
+    assert moved.wait(10)
+    asker.start()
+    time.sleep(0.2)
+    go_on.set()
+    asker.join(10)
+    sender.join(10)
+    assert len(DATA) in answers
+    assert (storage / upload.path).read_bytes() == DATA
 
 
 def test_documents_change_only_under_their_condition(client: Any) -> None:

@@ -262,7 +262,7 @@ class Collector:
         try:
             offset = await self._take(request, upload, begin, checksum)
             if offset == upload.length_bytes and not upload.is_done:
-                await run_in_threadpool(self._storage.finish, upload)
+                await _to_its_end(self._storage.finish, upload)
         except ChecksumError as error:
             raise HTTPException(_CHECKSUM_MISMATCH, str(error)) from None
         except (ClientDisconnect, asyncio.CancelledError):
@@ -299,7 +299,7 @@ class Collector:
                         raise HTTPException(
                             413, f"more than the {upload.length_bytes} bytes that were announced"
                         )
-                    await run_in_threadpool(part.write, block)
+                    await _to_its_end(part.write, block)
                     if checksum is not None:
                         checksum.update(block)
                     offset += len(block)
@@ -311,6 +311,19 @@ class Collector:
         if checksum is not None and not checksum.holds():
             raise ChecksumError("this part arrived with another checksum")
         return offset
+
+
+async def _to_its_end(work: Callable[..., object], *arguments: Any) -> None:
+    """Do something in a thread; a task that is cancelled meanwhile ends when the work has ended."""
+    future = asyncio.ensure_future(run_in_threadpool(work, *arguments))
+    try:
+        await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({future})
+        future.exception()  # looked at; who comes next finds out by himself
+        raise
 
 
 class _Checksum:
