@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -105,6 +106,7 @@ class Storage:
         self._usage_path = self.uploads_dir / "usage.json"
         self._usage = self._read_usage()
         self._uploads: dict[str, Upload] = {}
+        self._beginning = threading.Lock()
         for path in self.uploads_dir.glob("*.upload"):
             with contextlib.suppress(CorruptDataError, TypeError):
                 document = layout.read_json(path) or {}
@@ -125,14 +127,17 @@ class Storage:
         nothing twice.
         """
         wanted = (path, length_bytes, sha256, key_name)
-        for found in self._uploads.values():
-            identity = (found.path, found.length_bytes, found.sha256, found.key_name)
-            if identity == wanted and not found.is_done and found.number not in busy:
-                return found
-        upload = Upload(secrets.token_hex(16), path, length_bytes, sha256, key_name)
-        self._part(upload).touch(0o600)
-        self._keep(upload)
-        return upload
+        with (
+            self._beginning
+        ):  # a creation whose connection broke may still be at work when the next one comes
+            for found in list(self._uploads.values()):
+                identity = (found.path, found.length_bytes, found.sha256, found.key_name)
+                if identity == wanted and not found.is_done and found.number not in busy:
+                    return found
+            upload = Upload(secrets.token_hex(16), path, length_bytes, sha256, key_name)
+            self._part(upload).touch(0o600)
+            self._keep(upload)
+            return upload
 
     def find(self, number: str, key_name: str) -> Upload | None:
         """An upload of a key by its name."""
@@ -185,7 +190,7 @@ class Storage:
         """What a key has left here, and what it is about to leave, ``but`` for the file of that path."""
         coming = sum(
             upload.length_bytes
-            for upload in self._uploads.values()
+            for upload in list(self._uploads.values())
             if upload.key_name == key_name and not upload.is_done and upload.path != but
         )
         return self._usage.get(key_name, 0) + coming
