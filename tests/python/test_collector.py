@@ -368,6 +368,21 @@ def test_a_client_that_comes_again_while_its_slice_is_verified_waits_for_that(
     assert (storage / upload.path).read_bytes() == DATA
 
 
+def test_bytes_that_were_never_verified_do_not_count_though_all_are_there(client: Any, storage: Path) -> None:
+    """Found by cutting at every byte: the last part was written, its sender cut off before the check."""
+    for data in (DATA, bytes(reversed(DATA))):
+        upload = item(DATA)
+        place = begin(client, upload)
+        (part,) = (storage / ".uploads").glob("*.part")
+        part.write_bytes(data)
+        answer = client.head(place)
+        if data == DATA:
+            assert answer.headers["upload-offset"] == str(len(DATA))
+            assert (storage / upload.path).read_bytes() == DATA
+        else:
+            assert answer.status_code == 404, "what is wrong is forgotten"
+
+
 def test_documents_change_only_under_their_condition(client: Any) -> None:
     path = "/data/net-000000000000/v1-000000000000/version.json"
     assert client.get(path).status_code == 404

@@ -73,6 +73,7 @@ class Collector:
         # The task that works on an upload: a client that lost its connection comes again before we notice.
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._documents = asyncio.Lock()
+        self._finishing = asyncio.Lock()
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -261,8 +262,7 @@ class Collector:
         self._tasks[upload.number] = task
         try:
             offset = await self._take(request, upload, begin, checksum)
-            if offset == upload.length_bytes and not upload.is_done:
-                await _to_its_end(self._storage.finish, upload)
+            await self._complete(upload)
         except ChecksumError as error:
             raise HTTPException(_CHECKSUM_MISMATCH, str(error)) from None
         except (ClientDisconnect, asyncio.CancelledError):
@@ -281,9 +281,21 @@ class Collector:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await asyncio.wait({task})
         upload = self._storage.find(number, key.name)
+        if upload is not None:
+            # All its bytes may be here, and who brought the last ones was cut off before they were verified.
+            with contextlib.suppress(ChecksumError):
+                await self._complete(upload)
+            upload = self._storage.find(number, key.name)
         if upload is None:
             raise HTTPException(404, "no such upload")
         return upload
+
+    async def _complete(self, upload: Upload) -> None:
+        """Verify an upload and give it its place, if it has all its bytes: before that, none of it counts."""
+        async with self._finishing:
+            found = self._storage.find(upload.number, upload.key_name)
+            if found is not None and not found.is_done and self._storage.offset(found) == found.length_bytes:
+                await _to_its_end(self._storage.finish, found)
 
     async def _take(self, request: Request, upload: Upload, begin: int, checksum: _Checksum | None) -> int:
         """Append what comes; what has come before a cut stays, unless it came with a checksum of its own."""
