@@ -70,7 +70,7 @@ types: build ## mypy --strict on the package, and the extension against its stub
 	@"$(PY)" -m mypy
 	@MYPYPATH=python "$(PY)" -m mypy.stubtest ml_debugger._core --mypy-config-file pyproject.toml --allowlist tests/stubtest_allowlist.txt
 
-soak: build ## the long runs: memory, handles and threads over 10^5 calls (minutes)
+soak: build ## the long runs: memory over 10^5 calls, uploads cut at every byte (minutes)
 	@$(PYTEST) -m soak -o faulthandler_timeout=0 tests/python $(ARGS)
 
 docs: build ## the API reference as HTML, in build/docs

@@ -300,7 +300,10 @@ const std::byte* TensorSource::borrow() {
   return view_.data;
 }
 
-void look_up_torch() { torch(); }
+void look_up_torch() {
+  py::module_::import("torch");  // outside of the static's guard: an import may give the GIL away
+  torch();
+}
 
 void use_exchange_api(bool use) noexcept { g_use_exchange_api = use; }
 

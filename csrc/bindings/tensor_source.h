@@ -54,8 +54,9 @@ class TensorSource final : public ByteSource {
 // computes layers anew.
 [[nodiscard]] bool is_in_backward();
 
-// Imports torch and looks up what we need of it. Called when the first recorder is opened, so that
-// no hook pays for it, and who only reads needs no torch.
+// Imports torch and looks up what we need of it. When a recorder is made: not at import, since
+// readers and the uploader do without torch, and not in the first hook, since two hooks that met in
+// it could deadlock: one in the import without the GIL, one with the GIL waiting for the first.
 void look_up_torch();
 
 // Tests only: behave as with a torch that lacks the exchange API.

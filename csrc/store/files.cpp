@@ -126,8 +126,9 @@ void remove_tree(const std::string& path) {
       throw_store_error(errno, "cannot delete", child);
     }
   }
-  if (rmdir(path.c_str()) != 0 && errno != ENOENT)
-    throw_store_error(errno, "cannot delete directory", path);
+  if (rmdir(path.c_str()) == 0 || errno == ENOENT) return;
+  if (errno != ENOTDIR || (unlink(path.c_str()) != 0 && errno != ENOENT))
+    throw_store_error(errno, "cannot delete", path);
 }
 
 std::vector<std::string> list_directory(const std::string& path) {

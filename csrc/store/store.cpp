@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cstdio>
 #include <fstream>
 #include <set>
 #include <sstream>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -44,6 +46,23 @@ bool is_usable(const std::string& segment) {
   if (identity.empty()) return false;  // died while it was made: holds no row
   const bool synced = identity.find("\"durability\": \"power\"") != std::string::npos;
   return synced || identity.find("\"boot_id\": \"" + boot_id() + "\"") != std::string::npos;
+}
+
+// A slice is a file that an upload has brought (docs/record_format.md); its name tells its rows.
+// The core deletes slices with their epoch and otherwise leaves them alone.
+bool is_slice(const std::string& name) {
+  constexpr std::string_view kEnd = ".zip";
+  return name.size() > kEnd.size() &&
+         name.compare(name.size() - kEnd.size(), kEnd.size(), kEnd) == 0;
+}
+
+void count_slice_rows(const std::string& path, DroppedRows* rows) {
+  unsigned long long slice_rows = 0, ground_truth_rows = 0;
+  const std::string name = path.substr(path.rfind('/') + 1);
+  if (std::sscanf(name.c_str(), "a%*u-c%*u-r%llu-g%llu-", &slice_rows, &ground_truth_rows) != 2)
+    return;
+  rows->rows += slice_rows;
+  rows->ground_truth_rows += ground_truth_rows;
 }
 
 // Feature and ground-truth rows of a segment; each call counts once, however many segments hold it.
@@ -197,6 +216,10 @@ void StoreState::adopt_earlier_segments() {
     const std::string partition = directory_ + "/" + name;
     for (const std::string& segment_name : list_directory(partition)) {
       const std::string segment = partition + "/" + segment_name;
+      if (is_slice(segment_name)) {
+        add_disk_bytes(disk_bytes_of(segment));
+        continue;
+      }
       if (!path_exists(segment + "/" + kSegmentFile)) {
         remove_tree(segment);  // died before its first row
         continue;
@@ -248,12 +271,16 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
                                            bool count) {
   if (directories.empty()) return {};
   std::vector<std::string> trash;
+  DroppedRows rows;
   for (const std::string& directory : directories) {
+    if (is_slice(directory)) {
+      subtract_disk_bytes(disk_bytes_of(directory));
+      count_slice_rows(directory, &rows);
+    }
     trash.push_back(next_trash_name());
     rename_path(directory, trash.back());
   }
   if (options_.sync == Sync::kEveryCommit) sync_directory(directory_);
-  DroppedRows rows;
   std::set<std::pair<std::uint32_t, std::uint64_t>> seen;
   for (const std::string& directory : trash) {
     std::vector<std::string> segments{directory};
@@ -263,6 +290,11 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
         segments.push_back(directory + "/" + name);
     }
     for (const std::string& segment : segments) {
+      if (is_slice(segment)) {
+        subtract_disk_bytes(disk_bytes_of(segment));
+        count_slice_rows(segment, &rows);
+        continue;
+      }
       const std::uint64_t bytes = disk_bytes_of(segment + "/" + kDataFile);
       try {
         if (count) count_rows(segment, &seen, &rows);

@@ -46,6 +46,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 _RANK = re.compile(r"rank-(\d{5,})\Z")
 _EPOCH = re.compile(r"epoch-(\d+|none)\Z")
 _SEGMENT = re.compile(r"a(\d{5,})-s(\d{5,})\Z")
+_SLICE = re.compile(r"a(\d{5,})-c(\d{10,})-r(\d+)-g(\d+)-([0-9a-f]{12})-([0-9a-f]{64})\.zip\Z")
+# Slices stand beside segments in a partition; their numbers must not meet.
+_FIRST_SLICE_SEQUENCE = 1 << 32
 
 
 class Partition(NamedTuple):
@@ -63,6 +66,23 @@ class SegmentEntry(NamedTuple):
     path: Path
     sealed: bool
     usable: bool
+
+
+class SliceName(NamedTuple):
+    """What the file name of a slice says (`ml_debugger.trace.slice_file`)."""
+
+    attempt: int
+    first_call: int
+    rows: int
+    ground_truth_rows: int
+    version_tag: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return (
+            f"a{self.attempt:05d}-c{self.first_call:010d}-r{self.rows}-g{self.ground_truth_rows}"
+            f"-{self.version_tag}-{self.sha256}.zip"
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +189,35 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
         sealed = (path / SEALED_FILE).exists()
         torn = description.get("durability") != "power" and description.get("boot_id") != boot_id()
         entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed, sealed or not torn))
-    return sorted(entries)
+    return sorted(entries) + _slices(partition_dir)
+
+
+def _slices(partition_dir: Path) -> list[SegmentEntry]:
+    """Slices of a partition that an upload has brought, of the version that `version.json` describes now."""
+    names = ((parse_slice_name(path.name), path) for _, path in _matching(partition_dir, _SLICE))
+    found = sorted((name, path) for name, path in names if name is not None)
+    if not found:
+        return []
+    tag = version_tag(read_version(partition_dir.parent.parent))
+    return [
+        SegmentEntry(name.attempt, _FIRST_SLICE_SEQUENCE + number, path, sealed=True, usable=True)
+        for number, (name, path) in enumerate(found)
+        if name.version_tag == tag
+    ]
+
+
+def parse_slice_name(name: str) -> SliceName | None:
+    """What a file name says if it is that of a slice."""
+    match = _SLICE.match(name)
+    if match is None:
+        return None
+    attempt, first_call, rows, ground_truth_rows = map(int, match.groups()[:4])
+    return SliceName(attempt, first_call, rows, ground_truth_rows, match[5], match[6])
+
+
+def version_tag(info: VersionInfo) -> str:
+    """Short name of what a version consists of; tells the slices of a version that was recreated apart."""
+    return hashlib.sha256(json.dumps(version_document(info), sort_keys=True).encode("ascii")).hexdigest()[:12]
 
 
 def trace_directories(data_dir: Path) -> list[Path]:
@@ -197,6 +245,17 @@ def read_version(trace_dir: Path) -> VersionInfo:
     document = read_json(path)
     if document is None:
         raise NotFoundError(f"no trace at {trace_dir}", "check data_dir, model name and version name")
+    return parse_version(document, path)
+
+
+def parse_version(document: Any, path: Path) -> VersionInfo:
+    """Decode the content of a `version.json`; ``path`` is for messages.
+
+    Raises:
+        CorruptDataError: It is none, or of a newer format.
+    """
+    if not isinstance(document, dict):
+        raise CorruptDataError(f"{path} holds no JSON object", "restore the file from a copy")
     check_format_version(document, path)
     try:
         return VersionInfo(
@@ -219,15 +278,7 @@ def write_version(trace_dir: Path, info: VersionInfo, *, replace: bool = False) 
     """
     make_directory(trace_dir)
     path = trace_dir / _VERSION_FILE
-    document = {
-        "format_version": FORMAT_VERSION,
-        "model_name": info.model_name,
-        "version_name": info.version_name,
-        "fingerprint": info.fingerprint,
-        "aliases": info.aliases,
-        "additional_fields": info.additional_fields,
-        "additional_label_fields": info.additional_label_fields,
-    }
+    document = version_document(info)
     if replace:
         write_json(path, document)
         return info
@@ -236,9 +287,22 @@ def write_version(trace_dir: Path, info: VersionInfo, *, replace: bool = False) 
     return info
 
 
+def version_document(info: VersionInfo) -> dict[str, Any]:
+    """The content of `version.json`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model_name": info.model_name,
+        "version_name": info.version_name,
+        "fingerprint": info.fingerprint,
+        "aliases": info.aliases,
+        "additional_fields": info.additional_fields,
+        "additional_label_fields": info.additional_label_fields,
+    }
+
+
 def attempts(rank_dir: Path) -> list[int]:
     """Numbers of the attempts of a rank, rising."""
-    return [int(entry["attempt"]) for entry in _read_attempts(rank_dir)]
+    return [int(entry["attempt"]) for entry in attempt_entries(rank_dir)]
 
 
 def register_attempt(rank_dir: Path) -> int:
@@ -249,11 +313,12 @@ def register_attempt(rank_dir: Path) -> int:
     Raises:
         StorageError: The numbers are used up, or the directory cannot be written.
     """
-    entries = _read_attempts(rank_dir)
+    entries = attempt_entries(rank_dir)
     found = [int(entry["attempt"]) for entry in entries]
     # Segments count too: a lost attempts.json must not hand a number out twice, row ids would repeat.
     for partition in partitions(rank_dir):
-        found += [int(match[1]) for match, _ in _matching(partition.path, _SEGMENT)]
+        for pattern in (_SEGMENT, _SLICE):
+            found += [int(match[1]) for match, _ in _matching(partition.path, pattern)]
     attempt = max(found, default=-1) + 1
     if attempt >= MAX_ATTEMPTS:
         raise StorageError(
@@ -358,7 +423,12 @@ def _matching(directory: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[
     return [(match, path) for match, path in found if match is not None]
 
 
-def _read_attempts(rank_dir: Path) -> list[dict[str, Any]]:
+def attempt_entries(rank_dir: Path) -> list[dict[str, Any]]:
+    """The entries of `attempts.json`; empty where there is none.
+
+    Raises:
+        CorruptDataError: Not readable as one.
+    """
     path = rank_dir / _ATTEMPTS_FILE
     document = read_json(path)
     if document is None:
@@ -373,7 +443,11 @@ def _read_attempts(rank_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None if there is no file."""
+    """The object in a JSON file, or None if there is no file.
+
+    Raises:
+        CorruptDataError: It holds something else.
+    """
     try:
         document = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -108,6 +108,13 @@ def _segments(rank_dir: Path) -> Iterator[tuple[int, layout.SegmentEntry]]:
 
 
 def _totals(segment: layout.SegmentEntry) -> Totals:
+    name = layout.parse_slice_name(segment.path.name)
+    if name is not None:  # brought by an upload: its name says what it holds
+        try:
+            size = os.stat(segment.path).st_size
+        except FileNotFoundError:
+            return Totals()
+        return Totals(name.rows, name.ground_truth_rows, disk_bytes=size)
     try:
         blocks = os.stat(segment.path / layout.DATA_FILE).st_blocks
         handle = _core.Segment(str(segment.path), sealed=segment.sealed)

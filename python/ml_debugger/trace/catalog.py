@@ -25,7 +25,8 @@ from ml_debugger.errors import CorruptDataError, NotFoundError
 from ml_debugger.store import layout
 from ml_debugger.trace.header import INLINE, Call, Gap, HeaderDecoder
 from ml_debugger.trace.newest import Mask
-from ml_debugger.trace.runs import CallRun, scan
+from ml_debugger.trace.runs import CallRun, scan, scan_singly
+from ml_debugger.trace.slice_file import SliceFile
 
 _HEADERS_A_STEP = 256
 _TRIES = 5
@@ -61,8 +62,13 @@ class SegmentRef:
     sealed: bool
     inode: int
 
+    @property
+    def is_slice(self) -> bool:
+        """Whether it is a slice, which an upload has brought."""
+        return self.path.suffix == ".zip"
+
     @contextlib.contextmanager
-    def opened(self) -> Iterator[_core.Segment]:
+    def opened(self) -> Iterator[_core.Segment | SliceFile]:
         """The open segment, for one bounded step.
 
         Raises:
@@ -70,7 +76,11 @@ class SegmentRef:
         """
         self.check_exists()
         try:
-            segment = _core.Segment(str(self.path), sealed=self.sealed)
+            segment: _core.Segment | SliceFile
+            if self.is_slice:
+                segment = SliceFile(self.path)
+            else:
+                segment = _core.Segment(str(self.path), sealed=self.sealed)
         except NotFoundError as error:
             raise self._vanished() from error
         try:
@@ -90,7 +100,7 @@ class SegmentRef:
     def data_bytes(self) -> int:
         """Size of the data file: no chunk in it can be larger."""
         try:
-            return os.stat(self.path / "data.mdb").st_size
+            return os.stat(self.path if self.is_slice else self.path / "data.mdb").st_size
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._vanished() from error
 
@@ -125,7 +135,7 @@ def _list_epochs(trace_dir: Path) -> list[int]:
 
 
 def _holds_calls(rank: int, partition: layout.Partition) -> bool:
-    usable, _ = _partition_segments(rank, partition)
+    usable, _ = partition_segments(rank, partition)
     for ref in usable:
         for key, value in _headers(ref):
             if isinstance(_decoder(ref).decode(key, value), Call):
@@ -271,7 +281,7 @@ class Snapshot:
         for partition in layout.partitions(rank_dir):
             if n_epoch is not None and partition.epoch != n_epoch:
                 continue
-            usable, torn = _partition_segments(rank, partition)
+            usable, torn = partition_segments(rank, partition)
             self.segments.update({(ref.rank, ref.epoch, ref.attempt, ref.sequence): ref for ref in usable})
             self._torn.update((rank, partition.epoch, entry.attempt, entry.sequence) for entry in torn)
             claimed = 0
@@ -389,9 +399,14 @@ def _among(sorted_keys: _Keys, keys: _Keys) -> Mask:
     return found
 
 
-def _partition_segments(
+def partition_segments(
     rank: int, partition: layout.Partition
 ) -> tuple[list[SegmentRef], list[layout.SegmentEntry]]:
+    """(Segments that may be opened, those that a power cut may have torn) of a partition.
+
+    Raises:
+        VanishedError: It was dropped meanwhile.
+    """
     usable, torn = [], []
     for entry in layout.segments(partition.path):
         if not entry.usable:
@@ -415,7 +430,7 @@ def _partition_segments(
 
 
 def _decoder(ref: SegmentRef) -> HeaderDecoder:
-    return HeaderDecoder(ref.rank, ref.epoch, ref.attempt, ref.sequence)
+    return HeaderDecoder(ref.rank, ref.epoch, ref.attempt, ref.sequence, holds_all_pieces=ref.is_slice)
 
 
 def _scanned(
@@ -426,7 +441,10 @@ def _scanned(
     after: int | None = first_key - 1 if first_key else None
     while True:
         with ref.opened() as segment:
-            headers, after = scan(segment, decoder, after, is_checked=is_checked)
+            if isinstance(segment, SliceFile):
+                headers, after = scan_singly(segment, decoder, after, is_checked=is_checked)
+            else:
+                headers, after = scan(segment, decoder, after, is_checked=is_checked)
         if after is None:
             return
         yield from headers

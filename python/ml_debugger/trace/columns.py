@@ -18,6 +18,7 @@ from ml_debugger.trace.header import INLINE, Call, ColumnDescription, Piece
 from ml_debugger.trace.newest import Mask
 from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema
+from ml_debugger.trace.slice_file import SliceFile
 
 _UINT8 = RecordedDtype("uint8", np.dtype("u1"), np.dtype("u1"))
 _DAMAGED = "restore the segment from a copy, or drop the epoch"
@@ -118,6 +119,7 @@ class PieceReader:
                 for out, chunks in self._wanted.get(ref, ()):
                     segment.read(chunks, out.data)
                 for run, targets in self._runs.get(ref, {}).values():
+                    assert not isinstance(segment, SliceFile), "runs are found in segments only"
                     segment.gather(
                         run.keys.data, [(capture, out.data) for capture, out in targets if out.size]
                     )

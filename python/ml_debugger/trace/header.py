@@ -137,10 +137,13 @@ class Gap(NamedTuple):
 class HeaderDecoder:
     """Decodes the headers of one segment; descriptions that repeat are decoded once and shared."""
 
-    def __init__(self, rank: int, epoch: int, attempt: int, sequence: int) -> None:
-        """The arguments say whose headers are expected here."""
+    def __init__(
+        self, rank: int, epoch: int, attempt: int, sequence: int, *, holds_all_pieces: bool = False
+    ) -> None:
+        """The arguments say whose headers are expected here; a slice ``holds_all_pieces`` of its calls."""
         self._identity = (rank, epoch, attempt)
         self._sequence = sequence
+        self._holds_all_pieces = holds_all_pieces
         self._descriptions: dict[bytes, CallDescription] = {}
 
     @property
@@ -199,9 +202,13 @@ class HeaderDecoder:
         if not isinstance(inline, bytes):
             raise ValueError("inline is not binary")
         rank, epoch, attempt = self._identity
+        chunks = core["chunks"]
+        if self._holds_all_pieces:
+            for chunk in chunks:
+                chunk[1] = INLINE if chunk[1] == INLINE else self._sequence
         call = Call(
             rank, attempt, key, epoch, core["rows"], core["ground_truth_rows"], core["first_row"],
-            self._sequence, core["chunks"], inline, self._description(encoded, core["rows"]),
+            self._sequence, chunks, inline, self._description(encoded, core["rows"]),
         )  # fmt: skip
         if not is_checked:
             self._check(key, core, len(inline))

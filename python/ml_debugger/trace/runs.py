@@ -17,6 +17,7 @@ from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError
 from ml_debugger.trace.dtypes import Array, recorded_dtype
 from ml_debugger.trace.header import Call, CallDescription, Gap, HeaderDecoder
+from ml_debugger.trace.slice_file import SliceFile
 
 RUN_BYTES = 8 << 20
 
@@ -130,6 +131,15 @@ def scan(
         else:
             headers.append(columns.run(start, stop, descriptions[number], decoder))
     return headers, int(keys[-1]) & ((1 << 64) - 1)
+
+
+def scan_singly(
+    segment: SliceFile, decoder: HeaderDecoder, after: int | None, *, is_checked: bool
+) -> tuple[list[Call | Gap | CallRun], int | None]:
+    """As `scan`, call by call: a slice is no database, and holds few calls."""
+    headers = segment.headers(after, _HEADERS_A_SCAN)
+    found = [decoder.decode(key, value, is_checked=is_checked) for key, value in headers]
+    return list(found), headers[-1][0] if headers else None
 
 
 class _Columns:

@@ -30,16 +30,23 @@ def open_trace(model_name: str, version_name: str, data_dir: str | os.PathLike[s
     Args:
         model_name: As given to the tracer.
         version_name: As given to the tracer.
-        data_dir: Where traces live; None: ``MLD_DATA_DIR``, else ``./mld_data``.
+        data_dir: Where traces live; None: ``MLD_DATA_DIR``, else ``./mld_data``. The address of an endpoint
+            works too (``s3://bucket/traces``, ``https://collector.example``): what it holds is fetched first,
+            once, into ``~/.cache/ml_debugger``; the key is that of ``MLD_API_KEY``.
 
     Raises:
         NotFoundError: No such trace.
         InvalidTypeError: A name that is not text.
         InvalidInputError: An empty name.
         CorruptDataError: The trace's `version.json` is damaged or of a newer format.
+        UploadError: An endpoint cannot be read.
     """
     model = layout.check_name(model_name, "model_name")
     version = layout.check_name(version_name, "version_name")
+    if isinstance(data_dir, str) and "://" in data_dir:
+        from ml_debugger.uploading.mirror import mirror_endpoint
+
+        data_dir = mirror_endpoint(data_dir, model, version)
     return Trace(StoreSource(layout.trace_directory(layout.resolve_data_dir(data_dir), model, version)))
 
 

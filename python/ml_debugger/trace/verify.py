@@ -25,6 +25,7 @@ from ml_debugger.store.status import is_writing
 from ml_debugger.store.survey import read_meta
 from ml_debugger.trace.dtypes import Array
 from ml_debugger.trace.header import INLINE, Call, Gap, HeaderDecoder
+from ml_debugger.trace.slice_file import SliceFile
 
 _HEADERS_A_STEP = 256
 _BATCH_BYTES = 8 << 20
@@ -131,9 +132,7 @@ class _Verifier:
         ranks = layout.rank_directories(trace_dir)
         for _, rank_dir in ranks:
             for partition in layout.partitions(rank_dir):
-                self._total_bytes += sum(
-                    _size(path) for path in partition.path.glob(f"a*/{layout.DATA_FILE}")
-                )
+                self._total_bytes += sum(_size(_data_path(path)) for path in partition.path.glob("a*"))
         attempts: set[int] = set()
         for rank, rank_dir in ranks:
             attempts |= self._rank(rank, rank_dir)
@@ -166,12 +165,12 @@ class _Verifier:
     ) -> None:
         entries = layout.segments(partition.path)
         for attempt, group in itertools.groupby(entries, key=lambda entry: entry.attempt):
-            numbers = {entry.sequence for entry in group}
-            for missing in sorted(set(range(max(numbers))) - numbers):
+            numbers = {entry.sequence for entry in group if entry.path.is_dir()}
+            for missing in sorted(set(range(max(numbers, default=0))) - numbers):
                 self._found(partition.path, f"segment {missing} of attempt {attempt} is missing")
         for entry in entries:
             self.report.segments += 1
-            self._done_bytes += _size(entry.path / layout.DATA_FILE)
+            self._done_bytes += _size(_data_path(entry.path))
             try:
                 self._segment(rank, partition.epoch, entry, writing, rows)
             except NotFoundError:  # dropped meanwhile, unless it is there
@@ -184,13 +183,19 @@ class _Verifier:
     def _segment(
         self, rank: int, epoch: int, entry: layout.SegmentEntry, writing: bool, rows: dict[int, _Rows]
     ) -> None:
-        if not self._may_open(rank, epoch, entry, writing):
+        name = layout.parse_slice_name(entry.path.name)
+        if name is None and not self._may_open(rank, epoch, entry, writing):
             return
-        reader = _SegmentReader(entry, HeaderDecoder(rank, epoch, entry.attempt, entry.sequence), self.report)
+        decoder = HeaderDecoder(rank, epoch, entry.attempt, entry.sequence, holds_all_pieces=name is not None)
+        reader = _SegmentReader(entry, decoder, self.report)
         found = _Counts()
         calls: list[tuple[int, int, int]] = []
         with reader:
-            counted = read_meta(reader.handle, entry.path)
+            if isinstance(reader.handle, SliceFile):
+                assert name is not None
+                counted = {"rows": name.rows, "ground_truth_rows": name.ground_truth_rows}
+            else:
+                counted = read_meta(reader.handle, entry.path)
             for step in reader.steps():
                 for header in step:
                     found.add(header)
@@ -237,7 +242,7 @@ class _Verifier:
         self, entry: layout.SegmentEntry, found: _Counts, counted: dict[str, int], *, grows: bool
     ) -> None:
         sources = {"its counters": counted}
-        if entry.sealed:
+        if entry.sealed and entry.path.is_dir():
             sealed = layout.read_json(entry.path / layout.SEALED_FILE) or {}
             sources[layout.SEALED_FILE] = sealed
         for source, numbers in sources.items():
@@ -273,9 +278,9 @@ class _SegmentReader:
         self._decoder = decoder
         self._report = report
         self._buffer = np.empty(_BATCH_BYTES, np.uint8)
-        self._others: dict[int, _core.Segment] = {}
+        self._others: dict[int, _core.Segment | SliceFile] = {}
         self.is_whole = True
-        self.handle = _core.Segment(str(entry.path), sealed=entry.sealed)
+        self.handle = _opened(entry.path, entry.sealed)
 
     def __enter__(self) -> _SegmentReader:
         return self
@@ -349,7 +354,7 @@ class _SegmentReader:
             call, key, _, _ = chunks[0]
             self._damaged(f"call {call.call}, chunk {key}: {error.message}")
 
-    def _handle(self, sequence: int) -> _core.Segment:
+    def _handle(self, sequence: int) -> _core.Segment | SliceFile:
         if sequence == self._entry.sequence:
             return self.handle
         if sequence not in self._others:
@@ -393,6 +398,15 @@ def _file_problems(path: Path) -> Iterator[str]:
     last_page = max(metas, key=lambda meta: int(meta[2]))[1]
     if last_page >= _META_PAGES and size < (last_page + 1) * _PAGE_BYTES:
         yield f"it was cut: {size} bytes, where its pages need {(last_page + 1) * _PAGE_BYTES}"
+
+
+def _opened(path: Path, sealed: bool) -> _core.Segment | SliceFile:
+    return SliceFile(path) if path.is_file() else _core.Segment(str(path), sealed=sealed)
+
+
+def _data_path(path: Path) -> Path:
+    """The file that holds the data of a segment or of a slice."""
+    return path / layout.DATA_FILE if path.is_dir() else path
 
 
 def _size(path: Path) -> int:

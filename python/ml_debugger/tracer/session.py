@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ class TraceSession:
         # Re-entrant: a signal handler that closes may run inside of a close that waits.
         self._close_lock = threading.RLock()
         self._reported = (0, 0)
+        # Called once, when all is closed.
+        self.on_closed: Callable[[], None] | None = None
         # Attempt numbers and version files of this process's tracers must not interleave.
         with _opening:
             self._open(recreate)
@@ -126,6 +129,11 @@ class TraceSession:
     @property
     def _described(self) -> str:
         return f"the trace {self.info.model_name!r} / {self.info.version_name!r}"
+
+    @property
+    def rank(self) -> int:
+        """Under which rank it records."""
+        return self._rank
 
     @property
     def inherited(self) -> bool:
@@ -219,6 +227,8 @@ class TraceSession:
                     lifecycle.unregister(self)
                     self._store.close()
                     self._log_losses()
+                    if self.on_closed is not None:
+                        self.on_closed()
 
     def _finish(self) -> None:
         timeout_s = self.config.close_timeout_s

@@ -13,17 +13,15 @@ import torch
 
 from ml_debugger.config import TracerConfig
 from ml_debugger.errors import (
-    InvalidInputError,
-    InvalidTypeError,
     RingOverflowError,
     StorageError,
     TraceStallError,
-    UploadError,
 )
 from ml_debugger.tracer.inputs import check_flag, check_seconds, require_epoch, select_epoch
 from ml_debugger.tracer.session import TraceSession
 from ml_debugger.tracer.torch_tracer import TorchTracer
-from ml_debugger.uploading import UploadReport, require_endpoint
+from ml_debugger.uploading import UploadReport
+from ml_debugger.uploading.client import UploadClient
 
 __all__ = ["TrainingTracer"]
 
@@ -64,15 +62,9 @@ class TrainingTracer(TorchTracer):
         config: TracerConfig | None = None,
     ) -> None:
         check_flag(auto_sync, "auto_sync")
-        self._api_endpoint = _text_or_environment(api_endpoint, "api_endpoint")
-        self._api_key = _Secret(_text_or_environment(api_key, "api_key"))
-        if auto_sync and self._api_endpoint is None:
-            raise InvalidInputError(
-                "auto_sync=True needs an endpoint, and there is none",
-                "pass api_endpoint or set MLD_API_ENDPOINT",
-            )
+        self._uploads = UploadClient(api_endpoint, api_key)
         if auto_sync:
-            raise _refuse_endpoint(self._api_endpoint)
+            self._uploads.check_auto_sync()
         super().__init__(
             model,
             model_name,
@@ -83,6 +75,8 @@ class TrainingTracer(TorchTracer):
             force_table_recreate,
             config=config,
         )
+        if auto_sync and self._session is not None:
+            self._uploads.begin_auto_sync(self._session)
 
     def wait_for_save(self, n_epoch: int | None = None, interval: float = 3, *, force: bool = False) -> None:
         """Return when every row (of that epoch) is committed and, with an endpoint, confirmed by it.
@@ -102,11 +96,13 @@ class TrainingTracer(TorchTracer):
         select_epoch(n_epoch)
         interval = check_seconds(interval, "interval")
         check_flag(force, "force")
-        if self._session is not None:
-            self._wait_for_commit(self._session, max(interval, 0.001))
-            _raise_losses(*self._session.report_losses())
-        if self._api_endpoint is not None:
+        session = self._session
+        if session is not None:
+            self._wait_for_commit(session, max(interval, 0.001))
+        if self._uploads.has_endpoint:
             self.upload(n_epoch, force=force)
+        if session is not None:
+            _raise_losses(*session.report_losses())
 
     def _wait_for_commit(self, session: TraceSession, interval_s: float) -> None:
         if session.closed or not sys.stderr.isatty():
@@ -129,21 +125,27 @@ class TrainingTracer(TorchTracer):
             sys.stderr.write("\rsaving: done" + " " * 20 + "\n")
 
     def upload(self, n_epoch: int | None = None, *, force: bool = False) -> UploadReport:
-        """Send what the endpoint does not hold.
+        """Send what the endpoint does not hold, of every rank that records into this directory.
+
+        Flushes first, works after ``close()``. Blocks; the work is done by a process of its own. The
+        endpoint is asked what it holds, so that a second call sends nothing, and one after an interruption
+        sends the rest.
 
         Args:
-            n_epoch: None = all, -1 = rows without an epoch.
+            n_epoch: None = all, -1 = rows without an epoch. Of an epoch that is not there nothing is sent.
             force: Send everything again.
 
         Raises:
-            UploadError: There is no endpoint, or none that can be reached.
+            UploadError: There is no endpoint, or it failed; what has arrived is not sent again.
+            AuthenticationError: The endpoint refused the key.
         """
-        select_epoch(n_epoch)
+        epoch = select_epoch(n_epoch)
         check_flag(force, "force")
-        require_endpoint(self._api_endpoint)
-        if self._session is not None:
-            self._session.flush(None)
-        raise _refuse_endpoint(self._api_endpoint)
+        self._uploads.require_endpoint()
+        if self._session is None:
+            return UploadReport(0, 0, 0, 0.0)
+        self._session.flush(None)
+        return self._uploads.upload(self._session, epoch, force=force)
 
     def export(
         self,
@@ -225,48 +227,6 @@ class TrainingTracer(TorchTracer):
             if self._retention is not None:
                 self._retention.forget(None)
             self._session.drop_all()
-
-
-class _Secret:
-    """A text that never shows in a repr, a log or an error."""
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str | None) -> None:
-        self._text = text
-
-    def __repr__(self) -> str:
-        return "<no key>" if self._text is None else "<hidden key>"
-
-    def __reduce__(self) -> Any:
-        raise InvalidTypeError(
-            "a tracer cannot be copied or pickled", "copy the model, and make a tracer of its own"
-        )
-
-    def reveal(self) -> str | None:
-        """The text itself, for the request that needs it."""
-        return self._text
-
-
-def _text_or_environment(value: object, name: str) -> str | None:
-    """An argument, else ``MLD_<NAME>``, else None; the value itself is never part of an error."""
-    if value is None:
-        return os.environ.get(f"MLD_{name.upper()}") or None
-    if not isinstance(value, str):
-        raise InvalidTypeError(f"{name} must be a str or None, got {type(value).__name__}", "pass text")
-    return value or None
-
-
-def _refuse_endpoint(endpoint: str | None) -> UploadError:
-    return UploadError(
-        f"no uploader handles the endpoint {_without_credentials(endpoint or '')!r}",
-        "export() writes an archive that can be copied anywhere",
-    )
-
-
-def _without_credentials(endpoint: str) -> str:
-    scheme, separator, rest = endpoint.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}" if separator else endpoint
 
 
 def _raise_losses(discarded: int, failed: int) -> None:

@@ -1,33 +1,23 @@
-"""Sending committed data to an endpoint."""
+"""Sending committed data to an endpoint: `docs/upload.md` has the picture.
+
+Light to import: what talks to networks is imported by the process that uploads.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ml_debugger.errors import UploadError
+from ml_debugger.uploading.report import UploadReport
 
-__all__ = ["UploadReport", "require_endpoint"]
+if TYPE_CHECKING:
+    from ml_debugger.uploading.upload import upload_trace
 
-
-@dataclass(frozen=True)
-class UploadReport:
-    """What an upload did.
-
-    Attributes:
-        segments_sent: Segments that were sent.
-        segments_skipped: Segments that the endpoint held already.
-        bytes_sent: Bytes that travelled.
-        seconds: Time it took.
-    """
-
-    segments_sent: int
-    segments_skipped: int
-    bytes_sent: int
-    seconds: float
+__all__ = ["UploadReport", "upload_trace"]
 
 
-def require_endpoint(endpoint: str | None) -> str:
-    """Return ``endpoint``, or raise an `UploadError` that says what to set."""
-    if not endpoint:
-        raise UploadError("there is no endpoint to upload to", "pass api_endpoint or set MLD_API_ENDPOINT")
-    return endpoint
+def __getattr__(name: str) -> Any:
+    if name == "upload_trace":
+        from ml_debugger.uploading.upload import upload_trace
+
+        return upload_trace
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

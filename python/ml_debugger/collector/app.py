@@ -1,0 +1,433 @@
+"""The collector's HTTP face: the tus verbs for slices; beside them lists, documents, a page, downloads.
+
+The tus verbs are written here, by the specification (https://tus.io/protocols/resumable-upload): a slice
+counts only after its SHA-256 was verified, which is more than the protocol asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import errno
+import hashlib
+import hmac
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from ml_debugger.collector.keys import KeyEntry, KeyRing
+from ml_debugger.collector.overview import Overview
+from ml_debugger.collector.storage import (
+    ChecksumError,
+    Storage,
+    Upload,
+    is_document_path,
+    is_trace_path,
+    slice_of,
+)
+from ml_debugger.errors import MlDebuggerError, NotFoundError
+from ml_debugger.uploading.endpoint import is_loopback
+
+logger = logging.getLogger("ml_debugger.collector")
+
+TUS_VERSION = "1.0.0"
+_CHECKSUMS = ("sha256", "sha1")
+_CHECKSUM_MISMATCH = 460
+_MAX_DOCUMENT_BYTES = 8 << 20
+_MAX_METADATA_BYTES = 16 << 10
+_WRITE_BYTES = 1 << 20
+_SWEEP_INTERVAL_S = 3600.0
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_NOBODY = KeyEntry(b"")
+
+Handler = Callable[[Request, KeyEntry], Awaitable[Response]]
+
+
+class Collector:
+    """Handlers of all routes.
+
+    Args:
+        storage: Where files go.
+        keys: Who may come in; empty: everybody who reaches the server under a name of this machine.
+    """
+
+    def __init__(self, storage: Storage, keys: KeyRing) -> None:
+        self._storage = storage
+        self._keys = keys
+        self._overview = Overview(storage)
+        # The task that works on an upload: a client that lost its connection comes again before we notice.
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._documents = asyncio.Lock()
+        self._finishing = asyncio.Lock()
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/healthz", self._healthz, methods=["GET"]),
+            Route("/", self._guarded(self._page), methods=["GET"]),
+            Route("/export/{trace:path}.zip", self._guarded(self._export), methods=["GET"]),
+            Route("/list/{trace:path}", self._guarded(self._list), methods=["GET"]),
+            Route("/data/{path:path}", self._guarded(self._read), methods=["GET"]),
+            Route("/data/{path:path}", self._guarded(self._write), methods=["PUT"]),
+            Route("/files/", self._options, methods=["OPTIONS"]),
+            Route("/files/", self._guarded(self._create), methods=["POST"]),
+            Route("/files/{number}", self._guarded(self._head), methods=["HEAD"]),
+            Route("/files/{number}", self._guarded(self._patch), methods=["PATCH"]),
+            Route("/files/{number}", self._guarded(self._delete), methods=["DELETE"]),
+        ]
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _refusal})
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(self._sweep())
+        yield
+        sweeper.cancel()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_INTERVAL_S)
+            with contextlib.suppress(OSError):
+                await run_in_threadpool(self._storage.sweep)
+
+    # Who may come in
+
+    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def guarded(request: Request) -> Response:
+            try:
+                response = await handler(request, self._key_of(request))
+            except MlDebuggerError as error:
+                logger.error("%s %s: %s", request.method, request.url.path, error)
+                raise _status_of(error) from None
+            except OSError as error:
+                raise _status_of(error) from None
+            for name, value in _HEADERS.items():
+                response.headers.setdefault(name, value)
+            response.headers.setdefault("Tus-Resumable", TUS_VERSION)
+            return response
+
+        return guarded
+
+    def _key_of(self, request: Request) -> KeyEntry:
+        if not self._keys:
+            # A page of another site can reach this machine's ports, but not under a name of this machine.
+            if not is_loopback(request.url.hostname or ""):
+                raise HTTPException(421, "without keys, this collector answers to names of this machine only")
+            return _NOBODY
+        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+        key = credentials.strip()
+        if scheme.lower() == "basic":  # what a browser asks for; any user, the key as password
+            try:
+                key = (
+                    base64.b64decode(key, validate=True).decode("utf-8", "surrogateescape").partition(":")[2]
+                )
+            except (binascii.Error, ValueError):
+                key = ""
+        elif scheme.lower() != "bearer":
+            key = ""
+        entry = self._keys.find(key)
+        if entry is None:
+            raise HTTPException(
+                401,
+                "the key is missing or wrong",
+                {"WWW-Authenticate": 'Basic realm="ml-debugger", charset="UTF-8"'},
+            )
+        return entry
+
+    # Everything but uploads
+
+    async def _healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _page(self, request: Request, key: KeyEntry) -> Response:
+        return HTMLResponse(await run_in_threadpool(self._overview.page))
+
+    async def _export(self, request: Request, key: KeyEntry) -> Response:
+        trace = request.path_params["trace"]
+        if not is_trace_path(trace):
+            raise HTTPException(404, "no such trace")
+        try:
+            return await run_in_threadpool(self._overview.export, trace)
+        except NotFoundError:
+            raise HTTPException(404, "no such trace") from None
+
+    async def _list(self, request: Request, key: KeyEntry) -> Response:
+        trace = request.path_params["trace"]
+        if not is_trace_path(trace):
+            raise HTTPException(404, "no such trace")
+        return JSONResponse({"files": await run_in_threadpool(self._storage.transport.held, trace, {})})
+
+    async def _read(self, request: Request, key: KeyEntry) -> Response:
+        path = request.path_params["path"]
+        if not is_document_path(path) and slice_of(path) is None:
+            raise HTTPException(404, "no such file")
+        data = await run_in_threadpool(self._storage.transport.read, path)
+        if data is None:
+            raise HTTPException(404, "no such file")
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        return Response(data, media_type="application/octet-stream", headers={"ETag": etag})
+
+    async def _write(self, request: Request, key: KeyEntry) -> Response:
+        path = request.path_params["path"]
+        if not is_document_path(path):
+            raise HTTPException(404, "only version.json and attempts.json are put here")
+        new = b""
+        async for part in request.stream():
+            new += part
+            if len(new) > _MAX_DOCUMENT_BYTES:
+                raise HTTPException(413, f"a document has at most {_MAX_DOCUMENT_BYTES} bytes")
+        transport = self._storage.transport
+        async with self._documents:
+            old = await run_in_threadpool(transport.read, path)
+            if not _condition_holds(request, old):
+                raise HTTPException(412, "the document has changed")
+            if not await run_in_threadpool(transport.swap, path, old, new):
+                raise HTTPException(412, "the document has changed")
+        return Response(status_code=204)
+
+    # tus
+
+    async def _options(self, request: Request) -> Response:
+        return Response(
+            status_code=204,
+            headers={
+                "Tus-Resumable": TUS_VERSION,
+                "Tus-Version": TUS_VERSION,
+                "Tus-Extension": "creation,checksum,termination",
+                "Tus-Checksum-Algorithm": ",".join(_CHECKSUMS),
+            },
+        )
+
+    async def _create(self, request: Request, key: KeyEntry) -> Response:
+        _check_version(request)
+        length = _natural(request.headers.get("upload-length"), "Upload-Length")
+        metadata = _metadata(request)
+        path, sha256 = metadata.get("path", ""), metadata.get("sha256", "")
+        name = slice_of(path)
+        if name is None or name.sha256 != sha256 or length == 0:
+            raise HTTPException(400, "path and sha256 of Upload-Metadata must be those of a slice")
+        quota = key.quota_bytes
+        is_over = quota is not None and self._storage.used_bytes(key.name, path) + length > quota
+        if is_over and not await run_in_threadpool(self._storage.transport.has, path):
+            raise HTTPException(413, f"the quota of this key, {quota} bytes, is used up")
+        if self._storage.free_bytes() < length:
+            raise HTTPException(507, "the disk of the collector is full")
+        upload = await run_in_threadpool(
+            self._storage.begin, path, length, sha256, key.name, tuple(self._tasks)
+        )
+        # Relative, so that it holds behind any proxy.
+        headers = {"Location": upload.number, "Upload-Offset": str(self._storage.offset(upload))}
+        return Response(status_code=201, headers=headers)
+
+    async def _head(self, request: Request, key: KeyEntry) -> Response:
+        _check_version(request)
+        upload = await self._settled(request, key)
+        headers = {
+            "Upload-Offset": str(self._storage.offset(upload)),
+            "Upload-Length": str(upload.length_bytes),
+        }
+        return Response(status_code=200, headers=headers)
+
+    async def _delete(self, request: Request, key: KeyEntry) -> Response:
+        _check_version(request)
+        upload = await self._settled(request, key)
+        await run_in_threadpool(self._storage.forget, upload)
+        return Response(status_code=204)
+
+    async def _patch(self, request: Request, key: KeyEntry) -> Response:
+        _check_version(request)
+        if request.headers.get("content-type") != "application/offset+octet-stream":
+            raise HTTPException(415, "Content-Type must be application/offset+octet-stream")
+        begin = _natural(request.headers.get("upload-offset"), "Upload-Offset")
+        checksum = _Checksum.of(request)
+        upload = await self._settled(request, key)
+        if begin != self._storage.offset(upload):
+            raise HTTPException(409, f"the offset is {self._storage.offset(upload)}")
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[upload.number] = task
+        try:
+            offset = await self._take(request, upload, begin, checksum)
+            await self._complete(upload)
+        except ChecksumError as error:
+            raise HTTPException(_CHECKSUM_MISMATCH, str(error)) from None
+        except (ClientDisconnect, asyncio.CancelledError):
+            # Either nobody is there any more, or the same client has come again, on another connection.
+            return Response(status_code=409)
+        finally:
+            if self._tasks.get(upload.number) is task:
+                del self._tasks[upload.number]
+        return Response(status_code=204, headers={"Upload-Offset": str(offset)})
+
+    async def _settled(self, request: Request, key: KeyEntry) -> Upload:
+        """The upload that a request is about, with nobody else working on it."""
+        number = request.path_params["number"]
+        while (task := self._tasks.get(number)) is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await asyncio.wait({task})
+        upload = self._storage.find(number, key.name)
+        if upload is not None:
+            # All its bytes may be here, and who brought the last ones was cut off before they were verified.
+            with contextlib.suppress(ChecksumError):
+                await self._complete(upload)
+            upload = self._storage.find(number, key.name)
+        if upload is None:
+            raise HTTPException(404, "no such upload")
+        return upload
+
+    async def _complete(self, upload: Upload) -> None:
+        """Verify an upload and give it its place, if it has all its bytes: before that, none of it counts."""
+        async with self._finishing:
+            found = self._storage.find(upload.number, upload.key_name)
+            if found is not None and not found.is_done and self._storage.offset(found) == found.length_bytes:
+                await _to_its_end(self._storage.finish, found)
+
+    async def _take(self, request: Request, upload: Upload, begin: int, checksum: _Checksum | None) -> int:
+        """Append what comes; what has come before a cut stays, unless it came with a checksum of its own."""
+        if upload.is_done:
+            return upload.length_bytes
+        offset = begin
+        is_whole = False
+        with self._storage.open_part(upload) as part:
+            part.seek(begin)
+            try:
+                async for block in _blocks(request):
+                    if offset + len(block) > upload.length_bytes:
+                        raise HTTPException(
+                            413, f"more than the {upload.length_bytes} bytes that were announced"
+                        )
+                    await _to_its_end(part.write, block)
+                    if checksum is not None:
+                        checksum.update(block)
+                    offset += len(block)
+                is_whole = True
+            finally:
+                part.flush()
+                if checksum is not None and not (is_whole and checksum.holds()):
+                    part.truncate(begin)
+        if checksum is not None and not checksum.holds():
+            raise ChecksumError("this part arrived with another checksum")
+        return offset
+
+
+async def _to_its_end(work: Callable[..., object], *arguments: Any) -> None:
+    """Do something in a thread; a task that is cancelled meanwhile ends when the work has ended."""
+    future = asyncio.ensure_future(run_in_threadpool(work, *arguments))
+    try:
+        await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({future})
+        future.exception()  # looked at; who comes next finds out by himself
+        raise
+
+
+class _Checksum:
+    """The checksum that a part of an upload came with."""
+
+    def __init__(self, algorithm: str, expected: bytes) -> None:
+        self._digest = hashlib.new(algorithm, usedforsecurity=False)
+        self._expected = expected
+
+    @classmethod
+    def of(cls, request: Request) -> _Checksum | None:
+        header = request.headers.get("upload-checksum")
+        if header is None:
+            return None
+        algorithm, _, encoded = header.partition(" ")
+        if algorithm not in _CHECKSUMS:
+            raise HTTPException(400, f"Upload-Checksum must be one of {', '.join(_CHECKSUMS)}")
+        try:
+            return cls(algorithm, base64.b64decode(encoded, validate=True))
+        except (binascii.Error, ValueError):
+            raise HTTPException(400, "Upload-Checksum is not base64") from None
+
+    def update(self, data: bytes) -> None:
+        self._digest.update(data)
+
+    def holds(self) -> bool:
+        return hmac.compare_digest(self._digest.digest(), self._expected)
+
+
+async def _blocks(request: Request) -> AsyncIterator[bytes]:
+    """The body in blocks that are worth a write; at a cut, what has come before it is handed out first."""
+    pending: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            pending.append(part)
+            size += len(part)
+            if size >= _WRITE_BYTES:
+                yield b"".join(pending)
+                pending, size = [], 0
+    except (ClientDisconnect, asyncio.CancelledError):
+        if pending:
+            yield b"".join(pending)
+        raise
+    if pending:
+        yield b"".join(pending)
+
+
+def _check_version(request: Request) -> None:
+    if request.headers.get("tus-resumable") != TUS_VERSION:
+        raise HTTPException(412, f"Tus-Resumable must be {TUS_VERSION}", {"Tus-Version": TUS_VERSION})
+
+
+def _natural(value: str | None, name: str) -> int:
+    if value is None or not value.isascii() or not value.isdigit() or len(value) > 18:
+        raise HTTPException(400, f"{name} must be a natural number")
+    return int(value)
+
+
+def _metadata(request: Request) -> dict[str, str]:
+    header = request.headers.get("upload-metadata", "")
+    if len(header) > _MAX_METADATA_BYTES:
+        raise HTTPException(400, "Upload-Metadata is too long")
+    found = {}
+    try:
+        for pair in filter(None, (part.strip() for part in header.split(","))):
+            name, _, value = pair.partition(" ")
+            found[name] = base64.b64decode(value, validate=True).decode()
+    except (binascii.Error, ValueError):
+        raise HTTPException(400, "Upload-Metadata is malformed") from None
+    return found
+
+
+def _condition_holds(request: Request, old: bytes | None) -> bool:
+    if request.headers.get("if-none-match") == "*":
+        return old is None
+    expected = request.headers.get("if-match")
+    return expected is None or (old is not None and expected == f'"{hashlib.sha256(old).hexdigest()}"')
+
+
+def _status_of(error: OSError | MlDebuggerError) -> HTTPException:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return HTTPException(507, "the disk of the collector is full")
+        cause = cause.__cause__
+    if isinstance(error, OSError):
+        logger.error("%s", os.strerror(error.errno) if error.errno else error)
+    return HTTPException(500, "the collector's storage has failed; its log tells how")
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = {**_HEADERS, "Tus-Resumable": TUS_VERSION, **(error.headers or {})}
+    return JSONResponse({"detail": error.detail}, error.status_code, headers)

@@ -1,0 +1,236 @@
+"""What a collector keeps: finished files in a folder or an object store, unfinished ones in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ml_debugger.errors import CorruptDataError, InvalidInputError
+from ml_debugger.store import layout
+from ml_debugger.uploading.endpoint import parse_endpoint
+from ml_debugger.uploading.retry import RetryPolicy
+from ml_debugger.uploading.transports import Item, open_transport
+from ml_debugger.uploading.transports.folder import FolderTransport
+from ml_debugger.uploading.transports.objects import ObjectTransport
+
+_SLUG = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,39}-[0-9a-f]{12}|-[0-9a-f]{12}"
+_TRACE = rf"(?:{_SLUG})/(?:{_SLUG})"
+_RANK = r"rank-\d{5}"
+_TRACE_PATH = re.compile(rf"{_TRACE}\Z")
+_DOCUMENT_PATH = re.compile(rf"{_TRACE}/(?:version\.json|{_RANK}/attempts\.json)\Z")
+_SLICE_PATH = re.compile(rf"{_TRACE}/{_RANK}/epoch-(?:\d{{1,19}}|none)/([^/]+)\Z")
+_STALE_S = 7 * 24 * 3600.0
+_HASH_STEP_BYTES = 1 << 20
+_UPLOAD_ID = re.compile(r"[0-9a-f]{32}\Z")
+
+
+class ChecksumError(Exception):
+    """What arrived is not what was announced."""
+
+
+def is_trace_path(path: str) -> bool:
+    """Whether ``path`` is that of a trace."""
+    return _TRACE_PATH.match(path) is not None
+
+
+def is_document_path(path: str) -> bool:
+    """Whether ``path`` is that of a small file of a trace."""
+    return _DOCUMENT_PATH.match(path) is not None
+
+
+def slice_of(path: str) -> layout.SliceName | None:
+    """What the name of a slice says; None if ``path`` is none of a slice."""
+    match = _SLICE_PATH.match(path)
+    return None if match is None else layout.parse_slice_name(match[1])
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A slice on its way in.
+
+    Attributes:
+        number: Its name at the collector.
+        path: Where it goes.
+        length_bytes: How long it will be.
+        sha256: What it must be.
+        key_name: Whose it is.
+        is_done: Whether it has arrived, whole and verified.
+    """
+
+    number: str
+    path: str
+    length_bytes: int
+    sha256: str
+    key_name: str
+    is_done: bool = False
+
+
+class Storage:
+    """The files of a collector.
+
+    Args:
+        place: A folder, or the address of an object store.
+        uploads_dir: Folder of what is unfinished; None: ``.uploads`` in the folder, or for an object store in
+            ``./mld_collector``.
+
+    Raises:
+        InvalidInputError: It is neither.
+        StorageError: A folder cannot be made.
+    """
+
+    def __init__(self, place: str | os.PathLike[str], uploads_dir: Path | None = None) -> None:
+        endpoint = parse_endpoint(os.fspath(place), has_key=False)
+        if endpoint.kind not in ("folder", "objects"):
+            raise InvalidInputError(
+                f"storage must be a folder or an object store, got {os.fspath(place)!r}", "name a folder"
+            )
+        self.shown = endpoint.address
+        transport = open_transport(endpoint, None, RetryPolicy())
+        assert isinstance(transport, (FolderTransport, ObjectTransport))
+        self.transport: FolderTransport | ObjectTransport = transport
+        is_folder = isinstance(self.transport, FolderTransport)
+        base = Path(endpoint.address) if is_folder else Path("mld_collector").resolve()
+        self.uploads_dir = uploads_dir or base / ".uploads"
+        layout.make_directory(self.uploads_dir)
+        self._usage_path = self.uploads_dir / "usage.json"
+        self._usage = self._read_usage()
+        self._uploads: dict[str, Upload] = {}
+        self._beginning = threading.Lock()
+        for path in self.uploads_dir.glob("*.upload"):
+            with contextlib.suppress(CorruptDataError, TypeError):
+                document = layout.read_json(path) or {}
+                upload = Upload(**document)
+                self._uploads[upload.number] = upload
+        for left in self.uploads_dir.glob("export-*"):  # a download that a dead process was preparing
+            shutil.rmtree(left, ignore_errors=True)
+        self.sweep()
+
+    # Uploads
+
+    def begin(
+        self, path: str, length_bytes: int, sha256: str, key_name: str, busy: Collection[str] = ()
+    ) -> Upload:
+        """Make room for a slice, or go on with an upload of it that nobody works on; those in ``busy`` are.
+
+        So a client that has lost the answer to a creation, or its ledger, leaves nothing behind and sends
+        nothing twice.
+        """
+        wanted = (path, length_bytes, sha256, key_name)
+        with (
+            self._beginning
+        ):  # a creation whose connection broke may still be at work when the next one comes
+            for found in list(self._uploads.values()):
+                identity = (found.path, found.length_bytes, found.sha256, found.key_name)
+                if identity == wanted and not found.is_done and found.number not in busy:
+                    return found
+            upload = Upload(secrets.token_hex(16), path, length_bytes, sha256, key_name)
+            self._part(upload).touch(0o600)
+            self._keep(upload)
+            return upload
+
+    def find(self, number: str, key_name: str) -> Upload | None:
+        """An upload of a key by its name."""
+        upload = self._uploads.get(number) if _UPLOAD_ID.match(number) else None
+        return upload if upload is not None and upload.key_name == key_name else None
+
+    def offset(self, upload: Upload) -> int:
+        """How much has arrived: the file tells, so it is true after any crash."""
+        return upload.length_bytes if upload.is_done else self._part(upload).stat().st_size
+
+    def open_part(self, upload: Upload) -> IO[bytes]:
+        """What has arrived, open for appending."""
+        return open(self._part(upload), "r+b")
+
+    def finish(self, upload: Upload) -> None:
+        """Verify an upload that has all its bytes, and give it its place.
+
+        Raises:
+            ChecksumError: Its SHA-256 is another one; it is forgotten.
+            UploadError: An object store does not take it.
+        """
+        part = self._part(upload)
+        is_new = not self.transport.has(upload.path)
+        with open(part, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(_HASH_STEP_BYTES):
+                digest.update(block)
+            if digest.hexdigest() != upload.sha256:
+                self.forget(upload)
+                raise ChecksumError(f"{upload.path} arrived with another SHA-256")
+            if isinstance(self.transport, FolderTransport):
+                self.transport.adopt(file, part, upload.path)
+            else:
+                self.transport.send(_item(upload, file))
+                part.unlink()
+        if is_new:
+            self._usage[upload.key_name] = self._usage.get(upload.key_name, 0) + upload.length_bytes
+            layout.write_json(self._usage_path, {"format_version": 1, "bytes": self._usage})
+        # Kept for a while: a client whose answer was lost asks where it stands.
+        self._keep(Upload(**{**asdict(upload), "is_done": True}))
+
+    def forget(self, upload: Upload) -> None:
+        """Drop what has arrived of an upload."""
+        self._uploads.pop(upload.number, None)
+        for path in (self._part(upload), self._record(upload)):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    def used_bytes(self, key_name: str, but: str = "") -> int:
+        """What a key has left here, and what it is about to leave, ``but`` for the file of that path."""
+        coming = sum(
+            upload.length_bytes
+            for upload in list(self._uploads.values())
+            if upload.key_name == key_name and not upload.is_done and upload.path != but
+        )
+        return self._usage.get(key_name, 0) + coming
+
+    def free_bytes(self) -> int:
+        """Room on the disk that takes uploads."""
+        status = os.statvfs(self.uploads_dir)
+        return status.f_bavail * status.f_frsize
+
+    def sweep(self) -> None:
+        """Forget uploads that nothing has happened to for a week."""
+        limit = time.time() - _STALE_S
+        for upload in list(self._uploads.values()):
+            path = self._record(upload) if upload.is_done else self._part(upload)
+            try:
+                is_stale = path.stat().st_mtime < limit
+            except FileNotFoundError:
+                is_stale = True
+            if is_stale:
+                self.forget(upload)
+
+    def _keep(self, upload: Upload) -> None:
+        layout.write_json(self._record(upload), asdict(upload))
+        self._uploads[upload.number] = upload
+
+    def _part(self, upload: Upload) -> Path:
+        return self.uploads_dir / f"{upload.number}.part"
+
+    def _record(self, upload: Upload) -> Path:
+        return self.uploads_dir / f"{upload.number}.upload"
+
+    def _read_usage(self) -> dict[str, int]:
+        try:
+            document: dict[str, Any] = layout.read_json(self._usage_path) or {}
+            return {str(name): int(length) for name, length in document.get("bytes", {}).items()}
+        except (CorruptDataError, ValueError, AttributeError, json.JSONDecodeError):
+            return {}
+
+
+def _item(upload: Upload, file: IO[bytes]) -> Item:
+    return Item(
+        upload.path, file, upload.length_bytes, upload.sha256, None, lambda url: None, lambda length: None
+    )

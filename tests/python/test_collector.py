@@ -1,0 +1,499 @@
+"""The collector: who may come in, what counts, what it shows, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import http.client
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ml_debugger import load_export, open_trace
+from ml_debugger.errors import AuthenticationError, InvalidInputError, UploadError
+from ml_debugger.uploading import upload_trace
+from ml_debugger.uploading.transports.collector import CollectorTransport
+from upload_support import KEY, QUICK, CountedItem, assert_same_trace, collector, item, write_trace
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from ml_debugger.collector import KeyRing, hashed_key, new_key, serve  # noqa: E402
+
+DATA = b"a slice " * 40
+TUS = {"Tus-Resumable": "1.0.0"}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    return tmp_path / "collected"
+
+
+@pytest.fixture
+def url(storage: Path) -> Any:
+    with collector(storage) as found:
+        yield found
+
+
+@pytest.fixture
+def client(url: str) -> Any:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}", **TUS}) as found:
+        yield found
+
+
+def creation(upload: CountedItem, **changed: str) -> dict[str, str]:
+    metadata = {"path": upload.path, "sha256": upload.sha256, **changed}
+    pairs = [f"{name} {base64.b64encode(value.encode()).decode()}" for name, value in metadata.items()]
+    return {"Upload-Length": str(upload.length_bytes), "Upload-Metadata": ",".join(pairs)}
+
+
+def begin(client: Any, upload: CountedItem) -> str:
+    answer = client.post("/files/", headers=creation(upload))
+    assert answer.status_code == 201
+    return f"/files/{answer.headers['location']}"
+
+
+def patch(client: Any, place: str, offset: int, data: bytes, **headers: str) -> Any:
+    sent = {"Upload-Offset": str(offset), "Content-Type": "application/offset+octet-stream", **headers}
+    return client.patch(place, headers=sent, content=data)
+
+
+# Keys
+
+
+def test_a_key_is_needed_for_everything_but_the_health(url: str) -> None:
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    trace = "a-000000000000/b-000000000000"
+    routes = ["GET /", f"GET /list/{trace}", "GET /data/x", "PUT /data/x", f"GET /export/{trace}.zip"]
+    routes += ["POST /files/", "PATCH /files/x", "HEAD /files/x", "DELETE /files/x"]
+    for method, path in (route.split() for route in routes):
+        for headers in (
+            {},
+            {"Authorization": "Bearer no"},
+            {"Authorization": "Basic !!"},
+            {"Authorization": KEY},
+        ):
+            assert httpx.request(method, f"{url}{path}", headers=headers).status_code == 401, (
+                method,
+                path,
+                headers,
+            )
+
+
+def test_a_browser_shows_the_key_as_a_password(url: str) -> None:
+    answer = httpx.get(url)
+    assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic ")
+    assert httpx.get(url, auth=("anybody", KEY)).status_code == 200
+
+
+def test_keys_may_be_plain_or_hashed_and_are_kept_hashed(storage: Path, tmp_path: Path) -> None:
+    key = new_key()
+    assert len(key) > 40 and new_key() != key
+    ring = KeyRing(["# a comment", "", f"  {hashed_key(key)} 20GB ", "plain 5 MiB", "unlimited"])
+    found = ring.find(key)
+    assert found is not None and found.quota_bytes == 20 * 10**9
+    assert ring.find("plain").quota_bytes == 5 << 20 and ring.find("unlimited").quota_bytes is None  # type: ignore[union-attr]
+    for wrong in ("", "plain ", "Plain", hashed_key(key), key[:-1]):
+        assert ring.find(wrong) is None
+    assert key not in repr(vars(ring)) and "unlimited" not in repr(ring.entries)
+
+
+@pytest.mark.parametrize("line", ["sha256:12", "key 5 parsecs", "ключ", "sha256:" + "g" * 64])
+def test_a_malformed_line_of_keys_is_refused_and_not_shown(line: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        KeyRing(["fine", line])
+    assert line not in str(caught.value) and "2" in str(caught.value)
+
+
+def test_keys_come_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLD_API_KEYS", "one, two")
+    (tmp_path / "keys").write_text("three\n\n# no\n")
+    ring = KeyRing.from_environment(tmp_path / "keys")
+    assert all(ring.find(key) for key in ("one", "two", "three")) and len(ring.entries) == 3
+    for content in (None, "# only\n"):
+        path = tmp_path / "other"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(InvalidInputError):
+            KeyRing.from_environment(path)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
+def test_without_keys_it_listens_on_loopback_only(host: str, storage: Path) -> None:
+    with pytest.raises(InvalidInputError, match="keys"):
+        serve(host, 0, storage, keys=KeyRing([]))
+    assert not storage.exists()
+
+
+def test_without_keys_it_answers_to_names_of_this_machine_only(storage: Path) -> None:
+    with collector(storage, keys=()) as url:
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 421
+
+
+def test_a_port_that_is_taken_is_said(storage: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(InvalidInputError, match="cannot listen"):
+            serve("127.0.0.1", taken.getsockname()[1], storage, keys=KeyRing([]))
+
+
+# Uploads
+
+
+def test_what_arrives_is_the_trace_and_the_export_of_it(
+    url: str, storage: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    write_trace(data_dir, model="<b>&'\"\n模型")
+    report = upload_trace("<b>&'\"\n模型", "v1", data_dir=data_dir, endpoint=url, api_key=KEY)
+    assert report.segments_sent == 3
+    assert_same_trace(data_dir, storage, "<b>&'\"\n模型")
+    page = httpx.get(url, auth=("", KEY)).text
+    assert "<b>" not in page and "&lt;b&gt;&amp;" in page and "模型" in page
+    rows = open_trace("<b>&'\"\n模型", "v1", data_dir).num_rows("extracted_feature")
+    assert f"<td class=n>{rows}</td>" in page and "<td>none, 0, 1</td>" in page and " UTC</td>" in page
+    link = re.search('href="([^"]+)"', page)[1]  # type: ignore[index]
+    answer = httpx.get(f"{url}/{link}", auth=("", KEY))
+    assert answer.status_code == 200 and "attachment" in answer.headers["content-disposition"]
+    (tmp_path / "got.zip").write_bytes(answer.content)
+    assert load_export(tmp_path / "got.zip").num_rows("extracted_feature") == rows
+    deadline = time.monotonic() + 10
+    while list((storage / ".uploads").glob("export-*")):
+        assert time.monotonic() < deadline, "nothing of a download stays"
+
+
+def test_an_empty_collector_says_so(url: str) -> None:
+    assert "Nothing has been uploaded yet" in httpx.get(url, auth=("", KEY)).text
+
+
+def test_a_slice_counts_only_when_its_checksum_is_right(client: Any, storage: Path) -> None:
+    upload = item(DATA)
+    place = begin(client, upload)
+    wrong = bytes(reversed(DATA))
+    assert patch(client, place, 0, wrong).status_code == 460
+    assert not (storage / upload.path).exists()
+    assert client.head(place).status_code == 404, "it is forgotten"
+    place = begin(client, upload)
+    assert patch(client, place, 0, DATA).headers["upload-offset"] == str(len(DATA))
+    assert (storage / upload.path).read_bytes() == DATA
+
+
+def test_an_upload_goes_on_at_its_offset_and_nowhere_else(client: Any, storage: Path) -> None:
+    upload = item(DATA)
+    place = begin(client, upload)
+    assert patch(client, place, 0, DATA[:100]).headers["upload-offset"] == "100"
+    for offset in (0, 99, 101, 10**6):
+        assert patch(client, place, offset, DATA[100:]).status_code == 409
+    assert client.head(place).headers["upload-offset"] == "100"
+    assert begin(client, upload) == place, "who has lost the place gets it again"
+    assert patch(client, place, 100, DATA[100:] + b"x").status_code == 413
+    offset = int(client.head(place).headers["upload-offset"])
+    assert patch(client, place, offset, DATA[offset:]).status_code == 204
+    assert client.head(place).headers["upload-offset"] == str(len(DATA)), "who has lost the answer asks again"
+    assert (storage / upload.path).read_bytes() == DATA
+
+
+def test_a_part_with_a_wrong_checksum_does_not_count(client: Any, storage: Path) -> None:
+    upload = item(DATA)
+    place = begin(client, upload)
+    right = base64.b64encode(hashlib.sha1(DATA[:50]).digest()).decode()
+    assert patch(client, place, 0, DATA[1:51], **{"Upload-Checksum": f"sha1 {right}"}).status_code == 460
+    assert client.head(place).headers["upload-offset"] == "0"
+    assert patch(client, place, 0, DATA[:50], **{"Upload-Checksum": f"sha1 {right}"}).status_code == 204
+    for header in ("crc32 AAAA", "sha1 !!", "sha1"):
+        assert patch(client, place, 50, DATA[50:], **{"Upload-Checksum": header}).status_code in (400, 460)
+
+
+def test_an_upload_can_be_ended(client: Any, storage: Path) -> None:
+    place = begin(client, item(DATA))
+    assert client.delete(place).status_code == 204
+    assert client.head(place).status_code == client.delete(place).status_code == 404
+    assert not list((storage / ".uploads").glob("*.part"))
+
+
+def test_an_upload_belongs_to_its_key(storage: Path) -> None:
+    with collector(storage, keys=("one", "two")) as url:
+        mine = httpx.Client(base_url=url, headers={"Authorization": "Bearer one", **TUS})
+        other = httpx.Client(base_url=url, headers={"Authorization": "Bearer two", **TUS})
+        with mine, other:
+            place = begin(mine, item(DATA))
+            assert other.head(place).status_code == 404
+            assert patch(other, place, 0, DATA).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "", "/etc/passwd", "../x", "a/b", "{trace}/version.json", "{trace}/rank-00000/epoch-0/x.zip",
+        "{trace}/rank-00000/../epoch-0/{name}", "{trace}/rank-00000/epoch-0/../{name}",
+        "..-000000000000/{rest}", "{trace}/rank-00000/epoch-0/{name}\n",
+        "{trace}/rank-00000/epoch-0/{name}/x",
+        "{trace}/rank-0/epoch-0/{name}",
+    ],
+)  # fmt: skip
+def test_only_slices_are_taken_and_only_to_their_place(path: str, client: Any, storage: Path) -> None:
+    upload = item(DATA)
+    trace, _, rest = upload.path.partition("/rank-")
+    filled = path.format(trace=trace, name=upload.path.rpartition("/")[2], rest=f"x/rank-{rest}")
+    assert client.post("/files/", headers=creation(upload, path=filled)).status_code == 400
+    assert client.post("/files/", headers=creation(upload, sha256="0" * 64)).status_code == 400
+    assert client.put(f"/data/{filled}".replace("\n", "%0a") or "/data/", content=b"x").status_code in (
+        204,
+        404,
+        405,
+    )
+    known = (".uploads", ".incoming", "version.json")
+    assert not [path for path in storage.rglob("*") if path.is_file() and not set(known) & set(path.parts)]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Upload-Length": "x"}, {"Upload-Length": "-1"}, {"Upload-Length": "0"}, {"Upload-Length": "9" * 30},
+        {"Upload-Metadata": "path !!"}, {"Upload-Metadata": ""}, {"Upload-Metadata": "x" * 20000},
+        {"Tus-Resumable": "0.2.2"},
+    ],
+)  # fmt: skip
+def test_malformed_creations_are_refused(headers: dict[str, str], client: Any) -> None:
+    answer = client.post("/files/", headers={**creation(item(DATA)), **headers})
+    assert answer.status_code in (400, 412), answer.text
+
+
+def test_patches_need_the_type_and_the_version(client: Any) -> None:
+    place = begin(client, item(DATA))
+    assert patch(client, place, 0, DATA, **{"Content-Type": "text/plain"}).status_code == 415
+    assert patch(client, place, 0, DATA, **{"Tus-Resumable": "9"}).status_code == 412
+    assert client.options("/files/").headers["tus-extension"] == "creation,checksum,termination"
+
+
+def test_a_quota_is_kept_over_restarts(storage: Path) -> None:
+    keys = (f"{KEY} {len(DATA) * 5 // 2}B",)
+    for number in range(4):
+        with collector(storage, keys=keys) as url:
+            transport = CollectorTransport(f"{url}/", KEY, QUICK)
+            if number < 2:
+                transport.send(item(DATA + bytes([number]), number=number))
+            elif number == 2:
+                with pytest.raises(UploadError, match=r"413.*quota"):
+                    transport.send(item(DATA, number=number))
+            else:
+                transport.send(
+                    item(DATA + bytes([0]), number=0)
+                )  # it is there already: it takes no more room
+            transport.close()
+
+
+def test_a_full_disk_is_507_and_what_has_arrived_stays(
+    client: Any, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ml_debugger.collector.storage import Storage
+
+    upload = item(DATA)
+    place = begin(client, upload)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "finish", full)
+        answer = patch(client, place, 0, DATA)
+        assert answer.status_code == 507 and "full" in answer.json()["detail"]
+        patched.setattr(Storage, "free_bytes", lambda self: 10)
+        assert client.post("/files/", headers=creation(item(DATA, number=5))).status_code == 507
+    assert client.head(place).headers["upload-offset"] == str(len(DATA))
+
+
+def test_a_client_that_comes_again_is_served_though_its_old_connection_hangs(
+    client: Any, url: str, storage: Path
+) -> None:
+    upload = item(DATA)
+    place = begin(client, upload)
+    port = int(url.rpartition(":")[2])
+    hanging = http.client.HTTPConnection("127.0.0.1", port)
+    hanging.putrequest("PATCH", place)
+    for name, value in {**TUS, "Authorization": f"Bearer {KEY}", "Upload-Offset": "0",
+                        "Content-Type": "application/offset+octet-stream",
+                        "Content-Length": str(len(DATA))}.items():  # fmt: skip
+        hanging.putheader(name, value)
+    hanging.endheaders(DATA[:60])
+    deadline = time.monotonic() + 10
+    while (offset := int(client.head(place).headers["upload-offset"])) == 0 and time.monotonic() < deadline:
+        pass
+    assert offset == 60, "what came before is kept"
+    assert patch(client, place, offset, DATA[offset:]).status_code == 204
+    assert (storage / upload.path).read_bytes() == DATA
+    hanging.close()
+
+
+def test_a_client_that_comes_again_while_its_slice_is_verified_waits_for_that(
+    client: Any, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by cutting the connection at every byte: a HEAD in that moment was answered with status 500."""
+    from ml_debugger.uploading.transports.folder import FolderTransport
+
+    upload = item(DATA)
+    place = begin(client, upload)
+    adopt = FolderTransport.adopt
+    moved, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        adopt(*arguments)
+        moved.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(FolderTransport, "adopt", slow)
+    answers: list[int] = []
+    sender = threading.Thread(target=lambda: answers.append(patch(client, place, 0, DATA).status_code))
+    asker = threading.Thread(
+        target=lambda: answers.append(int(client.head(place).headers.get("upload-offset", -1)))
+    )
+    sender.start()
+    assert moved.wait(10)
+    asker.start()
+    time.sleep(0.2)
+    go_on.set()
+    asker.join(10)
+    sender.join(10)
+    assert len(DATA) in answers
+    assert (storage / upload.path).read_bytes() == DATA
+
+
+def test_bytes_that_were_never_verified_do_not_count_though_all_are_there(client: Any, storage: Path) -> None:
+    """Found by cutting at every byte: the last part was written, its sender cut off before the check."""
+    for data in (DATA, bytes(reversed(DATA))):
+        upload = item(DATA)
+        place = begin(client, upload)
+        (part,) = (storage / ".uploads").glob("*.part")
+        part.write_bytes(data)
+        answer = client.head(place)
+        if data == DATA:
+            assert answer.headers["upload-offset"] == str(len(DATA))
+            assert (storage / upload.path).read_bytes() == DATA
+        else:
+            assert answer.status_code == 404, "what is wrong is forgotten"
+
+
+def test_documents_change_only_under_their_condition(client: Any) -> None:
+    path = "/data/net-000000000000/v1-000000000000/version.json"
+    assert client.get(path).status_code == 404
+    assert client.put(path, content=b"{}", headers={"If-Match": '"x"'}).status_code == 412
+    assert client.put(path, content=b"{}", headers={"If-None-Match": "*"}).status_code == 204
+    assert client.put(path, content=b"[]", headers={"If-None-Match": "*"}).status_code == 412
+    etag = client.get(path).headers["etag"]
+    assert client.put(path, content=b"[]", headers={"If-Match": etag}).status_code == 204
+    assert client.put(path, content=b"{}", headers={"If-Match": etag}).status_code == 412
+    assert client.get(path).content == b"[]"
+    assert client.put(path, content=bytes(9 << 20)).status_code == 413
+
+
+def test_stale_uploads_are_swept(client: Any, storage: Path) -> None:
+    from ml_debugger.collector.storage import Storage
+
+    place = begin(client, item(DATA))
+    (part,) = (storage / ".uploads").glob("*.part")
+    os.utime(part, (0, 0))
+    Storage(storage)
+    assert not part.exists() and place
+
+
+def test_a_collector_ends_on_a_signal_and_names_its_address(storage: Path) -> None:
+    code = (
+        "import sys\nfrom ml_debugger.collector import serve\n"
+        "serve(port=0, storage=sys.argv[1], on_ready=lambda url: print(url, flush=True))\n"
+    )
+    environment = {**os.environ, "MLD_API_KEYS": KEY}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(storage)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    assert httpx.get(f"{url}/healthz").status_code == 200
+    assert httpx.get(url, auth=("", KEY)).status_code == 200
+    assert KEY.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert KEY not in said
+
+
+def test_a_collector_keeps_traces_in_an_object_store(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = pytest.importorskip("obstore.store")
+    from ml_debugger.uploading.transports import objects
+
+    memory = store.MemoryStore()
+    monkeypatch.setattr(objects, "_open_store", lambda address, policy: memory)
+    monkeypatch.chdir(tmp_path)
+    write_trace(data_dir)
+    with collector("s3://bucket/collected") as url:  # type: ignore[arg-type]
+        for sent in (3, 0):
+            assert (
+                upload_trace("net", "v1", data_dir=data_dir, endpoint=url, api_key=KEY).segments_sent == sent
+            )
+        page = httpx.get(url, auth=("", KEY)).text
+        link = re.search('href="([^"]+)"', page)[1]  # type: ignore[index]
+        answer = httpx.get(f"{url}/{link}", auth=("", KEY))
+    (tmp_path / "got.zip").write_bytes(answer.content)
+    assert zipfile.ZipFile(tmp_path / "got.zip").testzip() is None
+    rows = open_trace("net", "v1", data_dir).num_rows("extracted_feature")
+    assert load_export(tmp_path / "got.zip").num_rows("extracted_feature") == rows
+
+
+def test_a_wrong_key_is_an_authentication_error(url: str, data_dir: Path) -> None:
+    write_trace(data_dir)
+    for key in ("wrong", None):
+        with pytest.raises(AuthenticationError, match="401") as caught:
+            upload_trace("net", "v1", data_dir=data_dir, endpoint=url, api_key=key)
+        assert "MLD_API_KEY" in caught.value.hint
+
+
+def test_open_trace_reads_a_collector_by_its_address(
+    url: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLD_API_KEY", KEY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_trace(data_dir)
+    with pytest.raises(KeyError, match="no trace"):
+        open_trace("net", "v1", url)
+    assert not (tmp_path / "cache").exists()
+    upload_trace("net", "v1", data_dir=data_dir, endpoint=url, n_epoch=0)
+    assert open_trace("net", "v1", url).epochs == [0]
+    upload_trace("net", "v1", data_dir=data_dir, endpoint=url)
+    assert_same_trace(data_dir, url)  # type: ignore[arg-type]
+    from ml_debugger.uploading.transports.collector import CollectorTransport
+
+    trace = next(path for path in (tmp_path / "cache").glob("ml_debugger/*/*/*")).relative_to(
+        next((tmp_path / "cache" / "ml_debugger").iterdir())
+    )
+    evil = {
+        f"{trace}/version.json": 1,
+        str(tmp_path / "version.json"): 1,
+        f"{trace}/../../../version.json": 1,
+    }
+    with monkeypatch.context() as patched:
+        real = CollectorTransport.read
+        patched.setattr(CollectorTransport, "held", lambda self, trace, urls: evil)
+        patched.setattr(
+            CollectorTransport,
+            "read",
+            lambda self, path: real(self, path) if path == f"{trace}/version.json" else b"{}",
+        )
+        open_trace("net", "v1", url)
+    assert not list(tmp_path.glob("**/cache/version.json")) and not (tmp_path / "version.json").exists()
+    monkeypatch.setenv("MLD_API_KEY", "wrong")
+    with pytest.raises(AuthenticationError):
+        open_trace("net", "v1", url)
