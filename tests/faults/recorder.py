@@ -1,0 +1,282 @@
+"""A program that records like a training loop: several tracers, several threads each, steps from a list.
+
+Every call notes what it is about to submit in the ledger, and what `flush` and `stats` have acknowledged. What
+the layers return is known before the forward, bit for bit, so the notes owe nothing to the code under test.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from acknowledgements import DROP_BEGUN, DROPPED, EPOCHS, REFUSED, RETURNED, Ledger, Shape
+from torch import nn
+
+from ml_debugger import TracerConfig
+from ml_debugger.errors import MlDebuggerError
+from ml_debugger.training import ClassificationTracer
+
+LAW = ("committed", "discarded", "failed", "in_flight")
+WIDTHS = (16, 3000)  # floats a row: one tracer's captures ride in the header, the other's take chunks
+
+
+class Doubling(nn.Module):
+    """Twice the first four values: exact in floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :4] * self.factor
+
+
+class Scene(nn.Module):
+    """A tap that gives its input, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tap = nn.Identity()
+        self.head = Doubling()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.tap(x))
+
+
+def crc_of_call(ids: list[str], features: bytes, logits: bytes, labels: bytes) -> int:
+    """What a call consists of, in one number."""
+    crc = zlib.crc32("\n".join(ids).encode())
+    for part in (features, logits, labels):
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def make_call(number: int, lane: int, call: int, width: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Inputs, labels and ids of a call: a function of its arguments."""
+    base = zlib.crc32(f"{number}.{lane}.{call}".encode())
+    rows = 1 + base % 7
+    values = (np.arange(rows * width, dtype=np.int64) * 40503 + base) % 16777213
+    x = torch.from_numpy(values.astype(np.float32).reshape(rows, width))
+    labels = torch.arange(rows) + base % 10
+    return x, labels, [f"{number}.{lane}.{call}.{row}" for row in range(rows)]
+
+
+def version_of(tracer: int) -> str:
+    return f"v{tracer}"
+
+
+class Recorder:
+    """One run of the program; see `run` for the steps."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._job = job
+        self._shape = Shape(**job["shape"])
+        self._ledger = Ledger(Path(job["ledger"]), self._shape)
+        self._number: int = job["number"]
+        self._config = TracerConfig(data_dir=job["data_dir"], **job.get("config", {}))
+        self._widths: list[int] = job.get("widths", list(WIDTHS))
+        self._tracers: list[ClassificationTracer] = []
+        self._next = [0] * self._shape.lanes
+        self._first_epoch = 0
+        self._stop = threading.Event()
+        self._watching = threading.Lock()
+        self._settled = [dict.fromkeys(("submitted", *LAW), 0) for _ in range(self._shape.tracers)]
+
+    def run(self) -> None:
+        """Take the steps of the job, one after another.
+
+        ``["open"]``, ``["recreate"]``, ``["close"]``, ``["flush"]``, ``["train", calls or None, epochs]``, ``["drop", epoch]``,
+        ``["drop_all"]``, ``["export", path]``, ``["stop"]`` (stops itself until somebody continues it), ``["sleep", seconds]``.
+        """
+        threading.Thread(target=self._watch, daemon=True).start()
+        tolerant = self._job.get("tolerant", False)
+        for name, *arguments in self._job["steps"]:
+            try:
+                getattr(self, f"_step_{name}")(*arguments)
+            except MlDebuggerError as error:
+                self._note(name, error)
+                if not tolerant:
+                    raise
+        self._stop.set()
+
+    def _note(self, where: str, error: BaseException) -> None:
+        line = f"{time.monotonic():.3f} {where}: {type(error).__name__}: {error}"
+        print(line, flush=True)
+
+    # Steps
+
+    def _open(self, **kwargs: Any) -> None:
+        for number in range(self._shape.tracers):
+            tracer = ClassificationTracer(
+                Scene(),
+                "net",
+                version_of(number),
+                {"features": "tap"},
+                additional_fields=[{"name": "call", "type": "int"}],
+                config=self._config,
+                **kwargs,
+            )
+            self._tracers.append(tracer)
+
+    def _step_open(self) -> None:
+        self._open()
+
+    def _step_recreate(self) -> None:
+        self._mark_all_drops(DROP_BEGUN)
+        self._open(force_table_recreate=True)
+        self._mark_all_drops(DROPPED)
+
+    def _step_close(self) -> None:
+        marks = list(self._next)
+        tracers, self._tracers = self._tracers, []
+        with self._watching:  # else an old figure could overwrite the final one
+            pass
+        first: MlDebuggerError | None = None
+        for number, tracer in enumerate(tracers):
+            begin = time.monotonic()
+            try:
+                tracer.close()
+            except MlDebuggerError as error:
+                first = first or error
+            else:
+                for lane in self._lanes_of(number):
+                    self._ledger.lanes["sealed"][lane] = marks[lane]
+                    self._ledger.lanes["flushed"][lane] = marks[lane]
+            print(f"closed after {time.monotonic() - begin:.3f} s", flush=True)
+            self._write_stats(number, tracer, closed=True)
+        if first is not None:
+            raise first
+
+    def _step_flush(self) -> None:
+        marks = list(self._next)
+        for number, tracer in enumerate(self._tracers):
+            tracer.flush()
+            for lane in self._lanes_of(number):
+                self._ledger.lanes["flushed"][lane] = marks[lane]
+
+    def _step_train(self, calls: int | None, epochs: int) -> None:
+        threads = [
+            threading.Thread(target=self._train, args=(lane, calls, epochs), name=f"lane-{lane}")
+            for lane in range(self._shape.lanes)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._first_epoch += epochs
+
+    def _step_drop(self, epoch: int) -> None:
+        for number, tracer in enumerate(self._tracers):
+            self._ledger.drops[number][epoch] = DROP_BEGUN
+            tracer.drop_epoch_data(epoch)
+            self._ledger.drops[number][epoch] = DROPPED
+
+    def _step_drop_all(self) -> None:
+        for number, tracer in enumerate(self._tracers):
+            self._ledger.drops[number][: self._first_epoch] = DROP_BEGUN
+            tracer.drop_version_data()
+            self._ledger.drops[number][: self._first_epoch] = DROPPED
+
+    def _step_export(self, path: str) -> None:
+        for number, tracer in enumerate(self._tracers):
+            tracer.export(Path(path) / f"{version_of(number)}.zip")
+
+    def _step_stop(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _step_sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    # Recording
+
+    def _lanes_of(self, tracer: int) -> range:
+        return range(tracer * self._shape.threads, (tracer + 1) * self._shape.threads)
+
+    def _mark_all_drops(self, state: int) -> None:
+        self._ledger.drops[:, : self._first_epoch] = state
+
+    def _train(self, lane: int, calls: int | None, epochs: int) -> None:
+        tracer = self._tracers[lane // self._shape.threads]
+        first = self._next[lane]
+        last = self._shape.calls if calls is None else min(first + calls, self._shape.calls)
+        every = self._job.get("flush_every", 5)
+        pause_s = self._job.get("pause_s", 0.0)
+        for call in range(first, last):
+            epoch = min(self._first_epoch + (call - first) * epochs // (calls or 50 * epochs), EPOCHS - 1)
+            self._next[lane] = call + 1
+            try:
+                self._call(tracer, lane, call, epoch)
+                if every and call % every == every - 1:
+                    tracer.flush()
+                    self._ledger.lanes["flushed"][lane] = call + 1
+            except MlDebuggerError as error:
+                self._ledger.lanes["errors"][lane] += 1
+                self._note("call", error)
+                if not self._job.get("tolerant", False):
+                    os._exit(3)
+            if pause_s:
+                time.sleep(pause_s)
+        if calls is None:
+            signal.pause() if threading.current_thread() is threading.main_thread() else time.sleep(3600)
+
+    def _call(self, tracer: ClassificationTracer, lane: int, call: int, epoch: int) -> None:
+        width = self._widths[lane // self._shape.threads % len(self._widths)]
+        x, labels, ids = make_call(self._number, lane, call, width)
+        logits = x[:, :4] * 2
+        crc = crc_of_call(ids, x.numpy().tobytes(), logits.numpy().tobytes(), labels.numpy().tobytes())
+        self._ledger.begin(lane, call, crc, len(ids), epoch)
+        begin = time.monotonic()
+        try:
+            output = tracer(x, labels, ids, "train", epoch, call=call)
+        except BaseException:
+            self._ledger.end(lane, call, REFUSED)
+            raise
+        finally:
+            if (seconds := time.monotonic() - begin) > 1:
+                print(f"a call took {seconds:.3f} s", flush=True)
+        if not torch.equal(output, logits):
+            raise AssertionError("the tracer changed the output")
+        self._ledger.end(lane, call, RETURNED)
+
+    # Accounts
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            with self._watching:
+                for number, tracer in enumerate(list(self._tracers)):
+                    self._write_stats(number, tracer, closed=False)
+
+    def _write_stats(self, number: int, tracer: ClassificationTracer, *, closed: bool) -> None:
+        stats = tracer.stats()
+        cell = self._ledger.tracers
+        before = self._settled[number]
+        for unit in ("rows_", "bytes_"):
+            if getattr(stats, f"{unit}submitted") != sum(getattr(stats, unit + word) for word in LAW):
+                cell["law_broken"][number] = 1
+        if not closed:
+            cell["committed"][number] = before["committed"] + stats.rows_committed
+            return
+        for word in ("submitted", *LAW):
+            before[word] += getattr(stats, f"rows_{word}")
+            cell[word][number] = before[word]
+        cell["closed"][number] += 1
+
+
+def main(job: dict[str, Any]) -> int:
+    """Run a job in this process; returns the exit status."""
+    try:
+        Recorder(job).run()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+    return 0
