@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from acknowledgements import BEGUN, DROP_BEGUN, DROPPED, NEVER, REFUSED, RETURNED, Ledger, Promise
+from acknowledgements import DROP_BEGUN, DROPPED, NEVER, REFUSED, RETURNED, Ledger, Promise
 from recorder import crc_of_call, version_of
 
 from ml_debugger import open_trace
@@ -28,7 +28,6 @@ class Verdict:
     def __init__(self) -> None:
         self.findings: dict[str, list[str]] = {kind: [] for kind in self.KINDS}
         self.rows = 0
-        self.in_doubt_kept = 0
 
     def add(self, kind: str, text: str) -> None:
         if len(self.findings[kind]) < 10:
@@ -62,12 +61,13 @@ def judge(data_dir: str, promises: list[Promise], tracers: int) -> Verdict:
     """Compare what can be read with what was submitted and acknowledged."""
     verdict = Verdict()
     ledgers = {promise.number: (promise, promise.open()) for promise in promises}
+    # A later round may drop what an earlier one has recorded.
+    drops = np.max([ledger.drops for _, ledger in ledgers.values()], axis=0)
     for tracer in range(tracers):
         found = _compare_rows(verdict, read_version(data_dir, version_of(tracer)), tracer, ledgers)
         for promise, ledger in ledgers.values():
-            if tracer < ledger.shape.tracers:
-                _look_for_losses(verdict, promise, ledger, tracer, found)
-                _check_accounts(verdict, promise, ledger, tracer, found)
+            _look_for_losses(verdict, promise, ledger, tracer, found, drops[tracer])
+            _check_accounts(verdict, promise, ledger, tracer, found, drops[tracer])
     _verify_structure(verdict, Path(data_dir))
     return verdict
 
@@ -116,7 +116,9 @@ def crc_of_members(members: list[Any]) -> int:
     )
 
 
-def _look_for_losses(verdict: Verdict, promise: Promise, ledger: Ledger, tracer: int, found: Found) -> None:
+def _look_for_losses(
+    verdict: Verdict, promise: Promise, ledger: Ledger, tracer: int, found: Found, drops: Any
+) -> None:
     """Whatever was acknowledged is there; a drop has taken all of an epoch or nothing."""
     present: dict[int, int] = defaultdict(int)
     missing: dict[int, list[str]] = defaultdict(list)
@@ -130,53 +132,44 @@ def _look_for_losses(verdict: Verdict, promise: Promise, ledger: Ledger, tracer:
             elif call < watermark[lane] and notes["state"][call] == RETURNED:
                 missing[epoch].append(f"v{tracer}: call {promise.number}.{lane}.{call} of epoch {epoch}")
     for epoch in {*present, *missing}:
-        drop = ledger.drops[tracer][epoch]
+        drop, name = drops[epoch], f"v{tracer}: epoch {epoch}"
         if drop == DROPPED and present[epoch]:
-            verdict.add(
-                "half_dropped", f"v{tracer}: epoch {epoch} was dropped, {present[epoch]} calls are there"
-            )
+            verdict.add("half_dropped", f"{name} was dropped, {present[epoch]} calls are there")
         elif drop == DROP_BEGUN and present[epoch] and missing[epoch]:
-            verdict.add(
-                "half_dropped", f"v{tracer}: epoch {epoch} is dropped in part: {missing[epoch][0]} is gone"
-            )
+            verdict.add("half_dropped", f"{name} is dropped in part: {missing[epoch][0]} is gone")
         elif drop not in (DROPPED, DROP_BEGUN):
             for text in missing[epoch]:
                 verdict.add("lost", text)
 
 
-def _check_accounts(verdict: Verdict, promise: Promise, ledger: Ledger, tracer: int, found: Found) -> None:
+def _check_accounts(
+    verdict: Verdict, promise: Promise, ledger: Ledger, tracer: int, found: Found, drops: Any
+) -> None:
     """The figures of `stats` add up, and agree with what is on disk."""
     cell = ledger.tracers[tracer]
+    name = f"v{tracer}, round {promise.number}"
     if cell["law_broken"]:
-        verdict.add("accounts", f"v{tracer}: stats() did not add up in round {promise.number}")
-    if ledger.drops[tracer].any() or promise.survives != "flushed":
-        return
+        verdict.add("accounts", f"{name}: stats() did not add up")
     lanes = range(tracer * ledger.shape.threads, (tracer + 1) * ledger.shape.threads)
-    present = sum(
-        rows for (number, lane, _), rows in found.items() if number == promise.number and lane in lanes
-    )
+    notes = ledger.calls[lanes.start : lanes.stop]
+    if drops[notes["epoch"][notes["state"] != NEVER]].any() or promise.survives != "flushed":
+        return
+    present = sum(rows for (number, lane, _), rows in found.items() if number == promise.number and lane in lanes)
     if present < cell["committed"]:
-        verdict.add("lost", f"v{tracer}: {present} rows are there, stats() had {cell['committed']} committed")
+        verdict.add("lost", f"{name}: {present} rows are there, stats() had {cell['committed']} committed")
     if not cell["closed"]:
         return
-    handed_over = sum(
-        int(ledger.calls[lane]["rows"][ledger.calls[lane]["state"] == RETURNED].sum()) for lane in lanes
-    )
-    refused = sum(
-        int(ledger.calls[lane]["rows"][ledger.calls[lane]["state"] == REFUSED].sum()) for lane in lanes
-    )
-    lost = int(cell["discarded"] + cell["failed"] + cell["in_flight"])
+    figures = dict(zip(cell.dtype.names, cell.tolist(), strict=True))
+    handed_over = int(notes["rows"][notes["state"] == RETURNED].sum())
+    refused = int(notes["rows"][notes["state"] == REFUSED].sum())
+    unsure = figures["failed"] + figures["in_flight"]
     # A commit whose outcome nobody was told may be on disk beside what is counted.
-    if not cell["committed"] <= present <= cell["committed"] + cell["failed"] + cell["in_flight"]:
-        verdict.add("accounts", f"v{tracer}: {present} rows are there, stats() had {cell.tolist()}")
-    if not handed_over <= cell["submitted"] <= handed_over + refused:
-        verdict.add(
-            "accounts", f"v{tracer}: {handed_over} rows were handed over, stats() had {cell.tolist()}"
-        )
-    if handed_over - present > lost:
-        verdict.add(
-            "accounts", f"v{tracer}: {handed_over - present} rows are missing, stats() had {lost} lost"
-        )
+    if not figures["committed"] <= present <= figures["committed"] + unsure:
+        verdict.add("accounts", f"{name}: {present} rows are there, stats() had {figures}")
+    if not handed_over <= figures["submitted"] <= handed_over + refused:
+        verdict.add("accounts", f"{name}: {handed_over} rows were handed over, stats() had {figures}")
+    if handed_over - present > figures["discarded"] + unsure:
+        verdict.add("accounts", f"{name}: {handed_over - present} rows are missing, stats() had {figures}")
 
 
 def _verify_structure(verdict: Verdict, data_dir: Path) -> None:
@@ -196,8 +189,3 @@ def _verify_structure(verdict: Verdict, data_dir: Path) -> None:
                     verify(str(segment.path))
                 except VerifyError as error:
                     verdict.add("structure", f"{segment.path}: {error}")
-
-
-def calls_in_doubt(promise: Promise) -> int:
-    """Calls that a kill has caught between their begin and their return."""
-    return int((promise.open().calls["state"] == BEGUN).sum())

@@ -6,6 +6,7 @@ the layers return is known before the forward, bit for bit, so the notes owe not
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from acknowledgements import DROP_BEGUN, DROPPED, EPOCHS, REFUSED, RETURNED, Ledger, Shape
+from acknowledgements import DROP_BEGUN, DROPPED, REFUSED, RETURNED, Ledger, Shape
 from torch import nn
 
 from ml_debugger import TracerConfig
@@ -26,6 +27,7 @@ from ml_debugger.errors import MlDebuggerError
 from ml_debugger.training import ClassificationTracer
 
 LAW = ("committed", "discarded", "failed", "in_flight")
+EPOCHS_A_ROUND = 8
 WIDTHS = (16, 3000)  # floats a row: one tracer's captures ride in the header, the other's take chunks
 
 
@@ -86,7 +88,8 @@ class Recorder:
         self._widths: list[int] = job.get("widths", list(WIDTHS))
         self._tracers: list[ClassificationTracer] = []
         self._next = [0] * self._shape.lanes
-        self._first_epoch = 0
+        # Rounds never share an epoch, since a drop takes an epoch of all attempts.
+        self._base_epoch = self._first_epoch = self._number * EPOCHS_A_ROUND
         self._stop = threading.Event()
         self._watching = threading.Lock()
         self._settled = [dict.fromkeys(("submitted", *LAW), 0) for _ in range(self._shape.tracers)]
@@ -94,8 +97,9 @@ class Recorder:
     def run(self) -> None:
         """Take the steps of the job, one after another.
 
-        ``["open"]``, ``["recreate"]``, ``["close"]``, ``["flush"]``, ``["train", calls or None, epochs]``, ``["drop", epoch]``,
-        ``["drop_all"]``, ``["export", path]``, ``["stop"]`` (stops itself until somebody continues it), ``["sleep", seconds]``.
+        ``["open"]``, ``["recreate"]``, ``["close"]``, ``["flush"]``, ``["train", calls or None, epochs]``,
+        ``["drop", epoch of this round]``, ``["drop_all"]``, ``["export", path]``, ``["sleep", seconds]``, and
+        ``["stop"]``, which waits for a SIGCONT. With ``tolerant`` an error of the package ends a step, not the run.
         """
         threading.Thread(target=self._watch, daemon=True).start()
         tolerant = self._job.get("tolerant", False)
@@ -106,11 +110,18 @@ class Recorder:
                 self._note(name, error)
                 if not tolerant:
                     raise
+                if name in ("open", "recreate"):
+                    break
         self._stop.set()
 
     def _note(self, where: str, error: BaseException) -> None:
-        line = f"{time.monotonic():.3f} {where}: {type(error).__name__}: {error}"
-        print(line, flush=True)
+        self._say(f"{where}: {type(error).__name__}: {error}")
+
+    @staticmethod
+    def _say(line: str) -> None:
+        """To the log; a system call of ours may be the one that a fault was meant for."""
+        with contextlib.suppress(OSError):
+            os.write(1, f"{time.monotonic():.3f} {line}\n".encode())
 
     # Steps
 
@@ -151,7 +162,7 @@ class Recorder:
                 for lane in self._lanes_of(number):
                     self._ledger.lanes["sealed"][lane] = marks[lane]
                     self._ledger.lanes["flushed"][lane] = marks[lane]
-            print(f"closed after {time.monotonic() - begin:.3f} s", flush=True)
+            self._say(f"closed after {time.monotonic() - begin:.3f} s")
             self._write_stats(number, tracer, closed=True)
         if first is not None:
             raise first
@@ -175,6 +186,7 @@ class Recorder:
         self._first_epoch += epochs
 
     def _step_drop(self, epoch: int) -> None:
+        epoch += self._base_epoch
         for number, tracer in enumerate(self._tracers):
             self._ledger.drops[number][epoch] = DROP_BEGUN
             tracer.drop_epoch_data(epoch)
@@ -202,6 +214,7 @@ class Recorder:
         return range(tracer * self._shape.threads, (tracer + 1) * self._shape.threads)
 
     def _mark_all_drops(self, state: int) -> None:
+        """Of all epochs so far, those of earlier rounds too."""
         self._ledger.drops[:, : self._first_epoch] = state
 
     def _train(self, lane: int, calls: int | None, epochs: int) -> None:
@@ -211,7 +224,8 @@ class Recorder:
         every = self._job.get("flush_every", 5)
         pause_s = self._job.get("pause_s", 0.0)
         for call in range(first, last):
-            epoch = min(self._first_epoch + (call - first) * epochs // (calls or 50 * epochs), EPOCHS - 1)
+            step = (call - first) * epochs // calls if calls else call // 50 % epochs
+            epoch = self._first_epoch + step
             self._next[lane] = call + 1
             try:
                 self._call(tracer, lane, call, epoch)
@@ -226,7 +240,7 @@ class Recorder:
             if pause_s:
                 time.sleep(pause_s)
         if calls is None:
-            signal.pause() if threading.current_thread() is threading.main_thread() else time.sleep(3600)
+            self._stop.wait()
 
     def _call(self, tracer: ClassificationTracer, lane: int, call: int, epoch: int) -> None:
         width = self._widths[lane // self._shape.threads % len(self._widths)]
@@ -242,7 +256,7 @@ class Recorder:
             raise
         finally:
             if (seconds := time.monotonic() - begin) > 1:
-                print(f"a call took {seconds:.3f} s", flush=True)
+                self._say(f"a call took {seconds:.3f} s")
         if not torch.equal(output, logits):
             raise AssertionError("the tracer changed the output")
         self._ledger.end(lane, call, RETURNED)
