@@ -136,6 +136,7 @@ class Recorder:
                 config=self._config,
                 **kwargs,
             )
+            self._ledger.tracers["closed"][number] = 0
             self._tracers.append(tracer)
 
     def _step_open(self) -> None:
@@ -282,7 +283,7 @@ class Recorder:
         for word in ("submitted", *LAW):
             before[word] += getattr(stats, f"rows_{word}")
             cell[word][number] = before[word]
-        cell["closed"][number] += 1
+        cell["closed"][number] = 1
 
 
 def main(job: dict[str, Any]) -> int:
