@@ -76,6 +76,12 @@ def version_of(tracer: int) -> str:
     return f"v{tracer}"
 
 
+def lost_nothing(tracer: ClassificationTracer) -> bool:
+    """Whether a flush acknowledges every row: under "discard" and "warn" it returns when some are lost."""
+    stats = tracer.stats()
+    return stats.rows_discarded == 0 and stats.rows_failed == 0
+
+
 class Recorder:
     """One run of the program; see `run` for the steps."""
 
@@ -160,9 +166,7 @@ class Recorder:
             except MlDebuggerError as error:
                 first = first or error
             else:
-                for lane in self._lanes_of(number):
-                    self._ledger.lanes["sealed"][lane] = marks[lane]
-                    self._ledger.lanes["flushed"][lane] = marks[lane]
+                self._acknowledge(number, tracer, marks, "flushed", "sealed")
             self._say(f"closed after {time.monotonic() - begin:.3f} s")
             self._write_stats(number, tracer, closed=True)
         if first is not None:
@@ -172,8 +176,7 @@ class Recorder:
         marks = list(self._next)
         for number, tracer in enumerate(self._tracers):
             tracer.flush()
-            for lane in self._lanes_of(number):
-                self._ledger.lanes["flushed"][lane] = marks[lane]
+            self._acknowledge(number, tracer, marks, "flushed")
 
     def _step_train(self, calls: int | None, epochs: int) -> None:
         threads = [
@@ -211,6 +214,13 @@ class Recorder:
 
     # Recording
 
+    def _acknowledge(self, number: int, tracer: ClassificationTracer, marks: list[int], *what: str) -> None:
+        if not lost_nothing(tracer):
+            return
+        for lane in self._lanes_of(number):
+            for word in what:
+                self._ledger.lanes[word][lane] = marks[lane]
+
     def _lanes_of(self, tracer: int) -> range:
         return range(tracer * self._shape.threads, (tracer + 1) * self._shape.threads)
 
@@ -232,7 +242,8 @@ class Recorder:
                 self._call(tracer, lane, call, epoch)
                 if every and call % every == every - 1:
                     tracer.flush()
-                    self._ledger.lanes["flushed"][lane] = call + 1
+                    if lost_nothing(tracer):
+                        self._ledger.lanes["flushed"][lane] = call + 1
             except MlDebuggerError as error:
                 self._ledger.lanes["errors"][lane] += 1
                 self._note("call", error)
