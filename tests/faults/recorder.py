@@ -76,6 +76,25 @@ def version_of(tracer: int) -> str:
     return f"v{tracer}"
 
 
+class HookClock:
+    """Times what runs between its two hooks of a layer: the tracer's own, added in between."""
+
+    def __init__(self, layer: nn.Module, times: list[tuple[float, float]]) -> None:
+        self._layer, self._times = layer, times
+        self._begin = threading.local()
+        layer.register_forward_hook(self._start)
+
+    def end_here(self) -> None:
+        """From here on; to be called when the tracer has added its hook."""
+        self._layer.register_forward_hook(self._stop)
+
+    def _start(self, *_: object) -> None:
+        self._begin.at = time.monotonic()
+
+    def _stop(self, *_: object) -> None:
+        self._times.append((self._begin.at, time.monotonic() - self._begin.at))
+
+
 def lost_nothing(tracer: ClassificationTracer) -> bool:
     """Whether a flush acknowledges every row: under "discard" and "warn" it returns when some are lost."""
     stats = tracer.stats()
@@ -97,6 +116,8 @@ class Recorder:
         # Rounds never share an epoch, since a drop takes an epoch of all attempts.
         self._base_epoch = self._first_epoch = self._number * EPOCHS_A_ROUND
         self._stop = threading.Event()
+        self._enough = threading.Event()  # set by SIGUSR1: training ends, the next steps follow
+        self._hook_times: list[tuple[float, float]] = []  # start, seconds
         self._watching = threading.Lock()
         self._settled = [dict.fromkeys(("submitted", *LAW), 0) for _ in range(self._shape.tracers)]
 
@@ -107,6 +128,7 @@ class Recorder:
         ``["drop", epoch of this round]``, ``["drop_all"]``, ``["export", path]``, ``["sleep", seconds]``, and
         ``["stop"]``, which waits for a SIGCONT. With ``tolerant`` an error of the package ends a step, not the run.
         """
+        signal.signal(signal.SIGUSR1, lambda *_: self._enough.set())
         threading.Thread(target=self._watch, daemon=True).start()
         tolerant = self._job.get("tolerant", False)
         for name, *arguments in self._job["steps"]:
@@ -133,8 +155,10 @@ class Recorder:
 
     def _open(self, **kwargs: Any) -> None:
         for number in range(self._shape.tracers):
+            scene = Scene()
+            clock = HookClock(scene.tap, self._hook_times) if "hook_times" in self._job else None
             tracer = ClassificationTracer(
-                Scene(),
+                scene,
                 "net",
                 version_of(number),
                 {"features": "tap"},
@@ -142,6 +166,8 @@ class Recorder:
                 config=self._config,
                 **kwargs,
             )
+            if clock is not None:
+                clock.end_here()
             self._ledger.tracers["closed"][number] = 0
             self._tracers.append(tracer)
 
@@ -156,6 +182,8 @@ class Recorder:
     def _step_close(self) -> None:
         marks = list(self._next)
         tracers, self._tracers = self._tracers, []
+        if "hook_times" in self._job:
+            np.save(self._job["hook_times"], np.array(self._hook_times))
         with self._watching:  # else an old figure could overwrite the final one
             pass
         first: MlDebuggerError | None = None
@@ -172,10 +200,14 @@ class Recorder:
         if first is not None:
             raise first
 
-    def _step_flush(self) -> None:
+    def _step_flush(self, timeout: float | None = None) -> None:
         marks = list(self._next)
         for number, tracer in enumerate(self._tracers):
-            tracer.flush()
+            begin = time.monotonic()
+            try:
+                tracer.flush(timeout)
+            finally:
+                self._say(f"flushed after {time.monotonic() - begin:.3f} s")
             self._acknowledge(number, tracer, marks, "flushed")
 
     def _step_train(self, calls: int | None, epochs: int) -> None:
@@ -235,6 +267,8 @@ class Recorder:
         every = self._job.get("flush_every", 5)
         pause_s = self._job.get("pause_s", 0.0)
         for call in range(first, last):
+            if self._enough.is_set():
+                return
             step = (call - first) * epochs // calls if calls else call // 50 % epochs
             epoch = self._first_epoch + step
             self._next[lane] = call + 1
@@ -252,7 +286,7 @@ class Recorder:
             if pause_s:
                 time.sleep(pause_s)
         if calls is None:
-            self._stop.wait()
+            self._enough.wait()
 
     def _call(self, tracer: ClassificationTracer, lane: int, call: int, epoch: int) -> None:
         width = self._widths[lane // self._shape.threads % len(self._widths)]
