@@ -128,7 +128,9 @@ class Recorder:
         ``["drop", epoch of this round]``, ``["drop_all"]``, ``["export", path]``, ``["sleep", seconds]``, and
         ``["stop"]``, which waits for a SIGCONT. With ``tolerant`` an error of the package ends a step, not the run.
         """
-        signal.signal(signal.SIGUSR1, lambda *_: self._enough.set())
+        # Waited for, since a handler runs only when the main thread happens to wake up.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        threading.Thread(target=self._wait_for_the_end, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
         tolerant = self._job.get("tolerant", False)
         for name, *arguments in self._job["steps"]:
@@ -245,6 +247,10 @@ class Recorder:
         time.sleep(seconds)
 
     # Recording
+
+    def _wait_for_the_end(self) -> None:
+        signal.sigwait({signal.SIGUSR1})
+        self._enough.set()
 
     def _acknowledge(self, number: int, tracer: ClassificationTracer, marks: list[int], *what: str) -> None:
         if not lost_nothing(tracer):

@@ -170,7 +170,7 @@ def check_frozen(policy: str, disk: Disk, trial: Trial, process: Any, hook_times
     elif policy == "raise":
         wait_for("raised", lambda: "RingOverflowError" in process.output(), trial)
     else:
-        wait_for("trained on", lambda: figures(trial)["begun"] > before["begun"] + 200, trial)
+        wait_for("trained on", lambda: figures(trial)["begun"] > before["begun"] + 8, trial)
     os.kill(process.pid, signal.SIGUSR1)
     wait_for("closed", lambda: process.output().count("closed after") == trial.shape.tracers, trial)
     log = process.output()
