@@ -7,14 +7,16 @@ NATIVE_FILES = $(shell find csrc tests/core tests/fake_cuda -name '*.h' -o -name
 # ThreadSanitizer of GCC 12 cannot place its shadow where newer kernels randomise addresses widely.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 # Plugins by name: those that happen to be installed beside the starting interpreter's torch stay out.
-PYTEST := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$(PY)" -m pytest -p pytest_timeout -p _hypothesis_pytestplugin
+PLAIN_PYTEST := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$(PY)" -m pytest -p pytest_timeout
+PYTEST := $(PLAIN_PYTEST) -p _hypothesis_pytestplugin
+OUT ?= benchmarks/results
 
 export PATH := $(VENV)/bin:$(PATH)
 export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 
-.PHONY: help build test test-core test-python soak demo asan tsan lint format types docs clean
+.PHONY: help build build-gpu test test-core test-python test-gpu bench-gpu soak demo asan tsan lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these words
@@ -23,10 +25,13 @@ help: ## list these words
 	@echo "Each word first sets up what it needs, in .venv and build/ inside the checkout. $(PYTHON) is the starting"
 	@echo "point (make PYTHON=...): if it has torch >= 2.4, that torch is used, also that of an active virtual"
 	@echo "environment, which itself stays untouched; otherwise torch is installed into .venv."
+	@echo "WHEELS=folder takes packages from a folder alone, without a network (CONTRIBUTING.md)."
 
 build: ## make .venv, build the extension, install the checkout in editable mode
-	@command -v "$(PYTHON)" >/dev/null || { echo "[setup] $(PYTHON) was not found: install Python 3.10 or newer, or name it, as in \`make PYTHON=python3.11 test\`." >&2; exit 1; }
-	@"$(PYTHON)" -B scripts/bootstrap.py
+	$(call set-up,dev)
+
+build-gpu: ## the same with the few packages that test-gpu and bench-gpu need
+	$(call set-up,gpu)
 
 test: test-core test-python ## all tests: C++ core, then Python
 
@@ -35,6 +40,12 @@ test-core: build ## the tests of the C++ core
 
 test-python: build ## the tests of the Python package (ARGS="-k name" picks some)
 	@$(PYTEST) tests/python $(ARGS)
+
+test-gpu: build-gpu ## the tests that need an NVIDIA GPU (ARGS="-k name" picks some)
+	@$(PLAIN_PYTEST) tests/gpu $(ARGS)
+
+bench-gpu: build-gpu ## what recording costs on a GPU, into OUT=benchmarks/results (ARGS=--help)
+	@"$(PY)" -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
 demo: build ## train, record, export and read back a small classifier
 	@"$(PY)" examples/digits.py
@@ -69,6 +80,12 @@ docs: build ## the API reference as HTML, in build/docs
 clean: ## remove build/ and caches (.venv stays: rm -rf .venv)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# $(1) what for: dev or gpu.
+define set-up
+	@command -v "$(PYTHON)" >/dev/null || { echo "[setup] $(PYTHON) was not found: install Python 3.10 or newer, or name it, as in \`make PYTHON=python3.11 test\`." >&2; exit 1; }
+	@"$(PYTHON)" -B scripts/bootstrap.py --for $(1)
+endef
 
 # $(1) preset, $(2) its folder in build/, $(3) prefix of the command. The closing line says how many passed.
 define core-tests

@@ -91,6 +91,7 @@ function(mld_lmdb_use_system)
   endif()
   message(STATUS "LMDB ${version}: ${MLD_LMDB_LIBRARY}")
   add_library(mld_lmdb INTERFACE)
+  target_compile_definitions(mld_lmdb INTERFACE MLD_LMDB_SYSTEM)
   target_include_directories(mld_lmdb SYSTEM INTERFACE "${MLD_LMDB_INCLUDE_DIR}")
   target_link_libraries(mld_lmdb INTERFACE "${MLD_LMDB_LIBRARY}")
 endfunction()
@@ -116,7 +117,9 @@ function(mld_lmdb_build)
   add_library(mld_lmdb STATIC "${MLD_LMDB_DIR}/mdb.c" "${MLD_LMDB_DIR}/midl.c")
   target_include_directories(mld_lmdb SYSTEM INTERFACE "${MLD_LMDB_DIR}")
   target_compile_options(mld_lmdb PRIVATE -w)
-  target_link_libraries(mld_lmdb PUBLIC Threads::Threads)
+  # Its pages may be ours: csrc/store/page_loan.h.
+  target_compile_definitions(mld_lmdb PRIVATE malloc=mld_lmdb_malloc free=mld_lmdb_free)
+  target_link_libraries(mld_lmdb PUBLIC Threads::Threads mld_page_loan)
 
   # A wheel contains LMDB's object code, so it carries LMDB's licence.
   find_file(license LICENSE PATHS "${MLD_LMDB_DIR}" "${MLD_LMDB_DIR}/.." NO_DEFAULT_PATH NO_CACHE)

@@ -1,5 +1,15 @@
 # Every source file of ours, by name. A new file is added here and nowhere else; headers are found by #include.
 
+# Built a second time for stager_mutations.
+set(MLD_DEVICE_SOURCES
+    csrc/device/cuda_driver.cpp
+    csrc/device/completion_word.cpp
+    csrc/device/device_notes.cpp
+    csrc/device/device_path.cpp
+    csrc/device/device_ring.cpp
+    csrc/device/device_session.cpp
+    csrc/device/device_stager.cpp)
+
 set(MLD_CORE_SOURCES
     csrc/process.cpp
     csrc/ring/arena.cpp
@@ -11,13 +21,17 @@ set(MLD_CORE_SOURCES
     csrc/store/partition.cpp
     csrc/store/store.cpp
     csrc/store/segment_reader.cpp
-    csrc/device/cuda_driver.cpp
-    csrc/device/device_stager.cpp
+    ${MLD_DEVICE_SOURCES}
     csrc/capture/attempt.cpp
     csrc/capture/thread_call.cpp
+    csrc/capture/ring_room.cpp
+    csrc/capture/read_back.cpp
     csrc/capture/recorder.cpp
     csrc/writer/writer.cpp
     csrc/writer/runtime.cpp)
+
+# What LMDB itself calls.
+set(MLD_PAGE_LOAN_SOURCES csrc/store/page_loan.cpp)
 
 set(MLD_BINDING_SOURCES
     csrc/bindings/bind_errors.cpp
@@ -41,6 +55,8 @@ set(MLD_CORE_TESTS
     partition_test.cpp
     partition_failure_test.cpp
     environment_test.cpp
+    page_loan_test.cpp
+    slot_copy_test.cpp
     segment_reader_test.cpp
     store_test.cpp
     writer_test.cpp

@@ -2,8 +2,11 @@
 
 Started by bootstrap.py. It needs only the standard library and changes nothing outside of the checkout; what
 it has done is noted in .venv, and when nothing changed it returns at once.
+
+Without a network: WHEELS=<folder> makes pip take every package from that folder and nothing from an index.
 """
 
+import argparse
 import ast
 import hashlib
 import json
@@ -24,6 +27,9 @@ STATE = VENV / "ml_debugger_setup.json"
 BUILD = ROOT / "build"
 TORCH_REQUIREMENTS = ROOT / "scripts" / "requirements-torch.txt"
 MINIMUM_TORCH = (2, 4)
+
+# What .venv is for: "dev" has everything, "gpu" only what test-gpu and bench-gpu need.
+PURPOSES = ("dev", "gpu")
 
 # A change of one of these needs pip again; a change of the native sources only a rebuild.
 ENVIRONMENT_INPUTS = [
@@ -49,6 +55,28 @@ def say(text: str) -> None:
 
 
 # ---- checks: nothing is changed before all of them passed ----
+
+
+def wheel_folder() -> Path | None:
+    """The folder that WHEELS names, from which alone pip may install; None for pip's index."""
+    named = os.environ.get("WHEELS")
+    if not named:
+        return None
+    folder = Path(named).expanduser().resolve()
+    if not folder.is_dir():
+        raise SetupError(f"WHEELS names {folder}, which is no folder: gather it as CONTRIBUTING.md says.")
+    return folder
+
+
+def lmdb_source() -> str:
+    """MLD_LMDB_SOURCE with its whole path; empty when CMake is to fetch the source."""
+    named = os.environ.get("MLD_LMDB_SOURCE")
+    if not named:
+        return ""
+    path = Path(named).expanduser().resolve()
+    if not path.exists():
+        raise SetupError(f"MLD_LMDB_SOURCE names {path}, which does not exist.")
+    return str(path)
 
 
 def check_venv_module() -> None:
@@ -129,6 +157,8 @@ def run(*command: str | Path, remedy: str) -> None:
     dropped = {"PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONHOME", "__PYVENV_LAUNCHER__"}
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment["PATH"] = os.pathsep.join([str(VENV / "bin"), environment.get("PATH", os.defpath)])
+    if source := lmdb_source():
+        environment["MLD_LMDB_SOURCE"] = source
     for variable, names in COMPILERS.items():  # else a build asks for the one that Python was made with
         if compiler := find_compiler(variable, names):
             environment[variable] = shlex.join(compiler)
@@ -138,10 +168,18 @@ def run(*command: str | Path, remedy: str) -> None:
         raise SetupError(f"This step failed, see above: {shlex.join(words)}. {remedy}")
 
 
-def pip(*arguments: str | Path, remedy: str = "Is the package index reachable?") -> None:
-    """Run .venv's pip, with its progress bars only on a terminal."""
+def pip_install(
+    *arguments: str | Path,
+    python: str | Path = VENV_PYTHON,
+    remedy: str = "Is the package index reachable?",
+) -> None:
+    """Run ``pip install``, with its progress bars only on a terminal, from WHEELS alone if that is set."""
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    command = [VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", *quiet, *arguments]
+    source: list[str | Path] = []
+    if folder := wheel_folder():
+        source = ["--no-index", "--find-links", folder]
+        remedy = f"Does {folder} have the wheels that CONTRIBUTING.md lists, for this Python? {remedy}"
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", *quiet, *source, *arguments]
     run(*command, remedy=remedy)
 
 
@@ -187,7 +225,7 @@ def make_venv(*flags: str) -> None:
         run(sys.executable, "-m", "venv", "--clear", "--without-pip", *flags, VENV, remedy=remedy)
         library = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
         target = VENV / library
-        run(sys.executable, "-m", "pip", "install", "--quiet", "--target", target, "pip", remedy=remedy)
+        pip_install("--target", target, "pip", python=sys.executable, remedy=remedy)
     else:
         run(sys.executable, "-m", "venv", "--clear", *flags, VENV, remedy=remedy)
 
@@ -200,11 +238,11 @@ def make_environment() -> None:
         if paths is None:
             pinned = TORCH_REQUIREMENTS.read_text().splitlines()[-1]
             say(f"installing {pinned} (a large download, once)")
-            pip(
-                "install",
+            pip_install(
                 "-r",
                 TORCH_REQUIREMENTS,
-                remedy=f"Is the package index reachable, and has it {pinned} for this Python?",
+                remedy=f"Is the package index reachable, and has it {pinned} for this Python? Or name an "
+                "interpreter that has torch, as in `make PYTHON=...`.",
             )
         else:
             # --system-site-packages shows what belongs to the base interpreter, but not an active virtual
@@ -216,37 +254,73 @@ def make_environment() -> None:
         raise
 
 
-def build_requirements() -> list[str]:
-    """What pyproject.toml wants for a build."""
+def requirements(key: str) -> list[str]:
+    """The list of requirements that pyproject.toml has under ``key``."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    match = re.search(r"^requires = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
+    match = re.search(rf"^{key} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
     if match is None:
-        raise SetupError("pyproject.toml has no build-system.requires.")
+        raise SetupError(f"pyproject.toml has no list {key}.")
     return [str(requirement) for requirement in ast.literal_eval(match[1])]
 
 
-def install_programs() -> None:
-    """Put the programs that make calls into .venv, also if the starting interpreter has them elsewhere."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    programs = ["cmake>=3.21", "ninja>=1.10", *re.findall(r'"((?:clang-format|ruff)[<>=][^"]*)"', text)]
+def has_program(requirement: str) -> bool:
+    """Whether PATH has the program of ``name>=version``, new enough."""
+    name, minimum = requirement.split(">=")
+    try:
+        result = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    version = re.search(r"\d+(?:\.\d+)+", result.stdout)
+    numbers = [tuple(map(int, text.split("."))) for text in (version[0] if version else "0", minimum)]
+    return result.returncode == 0 and numbers[0] >= numbers[1]
+
+
+def install_programs(purpose: str) -> None:
+    """Put the programs that make calls into .venv, also if the starting interpreter has them elsewhere.
+
+    The words of a GPU call none but those that build, which may be those of the machine.
+    """
+    programs = ["cmake>=3.21", "ninja>=1.10"]
+    if purpose == "gpu":
+        programs = [program for program in programs if not has_program(program)]
+    else:
+        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        programs += re.findall(r'"((?:clang-format|ruff)[<>=][^"]*)"', text)
     names = {program: re.split("[<>=]", program)[0] for program in programs}
     missing = [program for program in programs if not (VENV / "bin" / names[program]).exists()]
     if missing:
-        pip("install", "--ignore-installed", "--no-deps", *missing)
+        pip_install("--ignore-installed", "--no-deps", *missing)
 
 
-def install_editable(*, dependencies: bool) -> None:
+def gpu_requirements() -> list[str]:
+    """What the words of a GPU import, without torch: it is there, and its own needs are none of ours."""
+    packages = [name for name in requirements("dependencies") if not name.startswith("torch")]
+    packages += requirements("tests")
+    folder = wheel_folder()
+    if folder is None or any(folder.glob("matplotlib-*.whl")):  # offline, plots are a wish
+        packages += requirements("benchmark")
+    return packages
+
+
+def install_editable(purpose: str, *, dependencies: bool) -> None:
     """Build the extension in build/ and install the checkout so that edits of Python files count at once."""
+    what = [".", "--no-deps"]
     if dependencies:
         say("installing the build tools")
-        install_programs()
-        pip("install", *build_requirements())
+        install_programs(purpose)
+        pip_install(*requirements("requires"))
+        if purpose == "gpu":
+            pip_install(*gpu_requirements())
+        else:
+            what = [".[dev]"]
     say("building ml_debugger and installing it into .venv")
-    defines = {"MLD_WERROR": "ON", "MLD_LMDB_CACHE": str(BUILD / "lmdb")}
+    # A folder of wheels may hold the archive too; its hash is checked either way.
+    cache = wheel_folder() or BUILD / "lmdb"
+    # The compiler of a machine with a GPU may be newer than ours and warn of more.
+    defines = {"MLD_WERROR": "OFF" if purpose == "gpu" else "ON", "MLD_LMDB_CACHE": str(cache)}
     settings = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
-    what = [".[dev]"] if dependencies else [".", "--no-deps"]
     remedy = "The compiler or CMake says above what is wrong; `make clean` starts a build from nothing."
-    pip("install", "--no-build-isolation", *settings, "--editable", *what, remedy=remedy)
+    pip_install("--no-build-isolation", *settings, "--editable", *what, remedy=remedy)
 
 
 # ---- what has been done ----
@@ -264,13 +338,14 @@ def digest(inputs: list[str]) -> str:
     return total.hexdigest()
 
 
-def wanted_state() -> dict[str, str]:
+def wanted_state(purpose: str) -> dict[str, str]:
     """What the note in .venv says when everything is done."""
     return {
+        "purpose": purpose,
         "interpreter": interpreter(),
         "checkout": str(ROOT),  # an editable install holds absolute paths
         "environment": digest(ENVIRONMENT_INPUTS),
-        "native": digest(NATIVE_INPUTS) + os.environ.get("MLD_LMDB_SOURCE", ""),
+        "native": digest(NATIVE_INPUTS) + lmdb_source(),
         "compilers": " ".join(
             os.environ.get(name, "") for name in ("CXX", "CC", "CXXFLAGS", "CFLAGS", "LDFLAGS")
         ),
@@ -297,9 +372,10 @@ def record_state(state: dict[str, str]) -> None:
     temporary.replace(STATE)
 
 
-def set_up() -> None:
+def set_up(purpose: str) -> None:
     """Do what is missing, and no more."""
-    wanted, recorded = wanted_state(), recorded_state()
+    recorded = recorded_state()
+    wanted = wanted_state("dev" if recorded.get("purpose") == "dev" else purpose)  # "dev" holds "gpu"
     if wanted == recorded:
         return
     check_venv_module()
@@ -315,15 +391,19 @@ def set_up() -> None:
         )  # CMake keeps the paths, compilers and flags that it saw first
     # Noted at once: a source that does not compile must not cost another download of torch.
     record_state(recorded | {key: wanted[key] for key in ("interpreter", "checkout", "compilers")})
-    install_editable(dependencies=wanted["environment"] != recorded.get("environment"))
+    dependencies = any(wanted[key] != recorded.get(key) for key in ("environment", "purpose"))
+    install_editable(wanted["purpose"], dependencies=dependencies)
     record_state(wanted)
     say("done")
 
 
 def main() -> int:
     """Run, and turn a problem into one sentence."""
+    parser = argparse.ArgumentParser(description="Set up .venv and build/ for the words of the Makefile.")
+    parser.add_argument("--for", dest="purpose", choices=PURPOSES, default="dev")
+    purpose = parser.parse_args().purpose
     try:
-        set_up()
+        set_up(purpose)
     except SetupError as error:
         print(f"[setup] {error}", file=sys.stderr)
         return 1

@@ -60,7 +60,7 @@ py::list captures(Recorder& recorder) {
     py::tuple shape(info.ndim);
     for (std::uint32_t dim = 0; dim < info.ndim; ++dim)
       shape[dim] = py::int_(call->dims[info.first_dim + dim]);
-    found.append(py::make_tuple(info.column, info.dtype, shape));
+    found.append(py::make_tuple(info.column, info.dtype, shape, info.device));
   }
   return found;
 }
@@ -160,8 +160,10 @@ void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column, 
   TensorSource source(tensor);
   GilWaitHooks hooks;
   const TensorView& view = source.view();
+  const int device = source.device();
   if (source.is_on_device() && capture_device_tensor(recorder, call, column, source, hooks)) return;
-  recorder.capture(call, column, view.dtype, view.dims, view.ndim, view.bytes, source, hooks);
+  recorder.capture(call, column, view.dtype, view.dims, view.ndim, view.bytes, source, hooks,
+                   device);
 }
 
 std::shared_ptr<Recorder> recorder_of(py::handle object) {

@@ -4,6 +4,11 @@
 // It holds no state of a call; that belongs to the thread (ThreadCall). A deepcopy or a pickle of a
 // traced model must neither fail nor record, so both turn the hook into a do-nothing callable of
 // the standard library, which also loads where this package is not installed.
+//
+// torch.compile looks at a callable object's type and inlines its __call__ if that is a Python
+// function. So the type's attribute __call__ is one (tracer/compiled.py), and its slot is the C
+// function below: the interpreter uses the slot, the compiler the attribute. Python itself does the
+// same to methods with METH_COEXIST. The instance dictionary holds what the Python function reads.
 #include <pybind11/pybind11.h>
 #include <structmember.h>
 
@@ -20,6 +25,7 @@ namespace {
 struct CaptureHook {
   PyObject_HEAD vectorcallfunc vectorcall;
   PyObject* weak_references;
+  PyObject* attributes;
   PyObject* prepare;
   std::shared_ptr<Recorder> recorder;
   std::uint32_t column;
@@ -46,6 +52,8 @@ PyObject* hook_call(PyObject* self, PyObject* const* arguments, std::size_t flag
   if (call == nullptr || hook.recorder->is_inert()) Py_RETURN_NONE;
   PyObject* output = arguments[count - 1];
   try {
+    // Activation checkpointing runs layers again in backward, which may lie inside of the forward.
+    if (is_in_backward()) Py_RETURN_NONE;
     if (is_plain(hook, *call, output)) {
       capture_tensor(*hook.recorder, *call, hook.column, output);
     } else {
@@ -96,11 +104,13 @@ PyObject* hook_new(PyTypeObject* type, PyObject* arguments, PyObject* keywords) 
 
 int hook_traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
+  Py_VISIT(reinterpret_cast<CaptureHook*>(self)->attributes);
   Py_VISIT(reinterpret_cast<CaptureHook*>(self)->prepare);
   return 0;
 }
 
 int hook_clear(PyObject* self) {
+  Py_CLEAR(reinterpret_cast<CaptureHook*>(self)->attributes);
   Py_CLEAR(reinterpret_cast<CaptureHook*>(self)->prepare);
   return 0;
 }
@@ -109,6 +119,7 @@ void hook_dealloc(PyObject* self) {
   PyObject_GC_UnTrack(self);
   auto* hook = reinterpret_cast<CaptureHook*>(self);
   if (hook->weak_references != nullptr) PyObject_ClearWeakRefs(self);
+  Py_CLEAR(hook->attributes);
   Py_CLEAR(hook->prepare);
   hook->recorder.~shared_ptr();
   PyTypeObject* type = Py_TYPE(self);
@@ -141,17 +152,43 @@ PyObject* hook_reduce(PyObject*, PyObject*) {
   }
 }
 
+// Sets attributes of the type and leaves its slots alone, which setattr() would rewrite.
+PyObject* hook_extend(PyObject* type_object, PyObject* attributes) {
+  auto* type = reinterpret_cast<PyTypeObject*>(type_object);
+  if (PyDict_Check(attributes) == 0) {
+    PyErr_SetString(PyExc_TypeError, "extend() expects a dict of attributes");
+    return nullptr;
+  }
+  if (PyDict_Update(type->tp_dict, attributes) != 0) return nullptr;
+  PyType_Modified(type);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef kMethods[] = {
+    {"extend", hook_extend, METH_O | METH_CLASS, "Sets attributes of the type, not its slots."},
     {"__deepcopy__", hook_deepcopy, METH_O, "A callable that does nothing."},
     {"__copy__", hook_deepcopy, METH_NOARGS, "A callable that does nothing."},
     {"__reduce__", hook_reduce, METH_NOARGS, "Pickles as a callable that does nothing."},
     {nullptr, nullptr, 0, nullptr}};
+
+// torch.jit.script asks each hook for its name, to compile its source.
+PyObject* hook_name(PyObject*, void*) {
+  PyErr_SetString(PyExc_AttributeError,
+                  "a hook of ml_debugger has no __name__ and no source that torch.jit.script could "
+                  "compile: script the model before it is traced, or after the tracer's close()");
+  return nullptr;
+}
+
+PyGetSetDef kAttributes[] = {{"__name__", hook_name, nullptr, nullptr, nullptr},
+                             {nullptr, nullptr, nullptr, nullptr, nullptr}};
 
 PyMemberDef kMembers[] = {
     {"__vectorcalloffset__", T_PYSSIZET, static_cast<Py_ssize_t>(offsetof(CaptureHook, vectorcall)),
      READONLY, nullptr},
     {"__weaklistoffset__", T_PYSSIZET,
      static_cast<Py_ssize_t>(offsetof(CaptureHook, weak_references)), READONLY, nullptr},
+    {"__dictoffset__", T_PYSSIZET, static_cast<Py_ssize_t>(offsetof(CaptureHook, attributes)),
+     READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr}};
 
 template <class Function>
@@ -166,6 +203,7 @@ PyType_Slot kSlots[] = {{Py_tp_new, slot(hook_new)},
                         {Py_tp_dealloc, slot(hook_dealloc)},
                         {Py_tp_methods, kMethods},
                         {Py_tp_members, kMembers},
+                        {Py_tp_getset, kAttributes},
                         {Py_tp_doc, const_cast<char*>("Private; see ml_debugger.tracer.hooks.")},
                         {0, nullptr}};
 

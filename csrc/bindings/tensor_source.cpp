@@ -39,7 +39,6 @@ constexpr std::array kDtypes = {
     DtypeName{12, 8, 1, "float8_e5m2"},
     DtypeName{13, 8, 1, "float8_e5m2fnuz"},
     DtypeName{14, 8, 1, "float8_e8m0fnu"},
-    DtypeName{17, 4, 2, "float4_e2m1fn_x2"},
 };
 
 const char* dtype_name(const dlpack::DataType& dtype) noexcept {
@@ -66,6 +65,11 @@ struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* is_neg = nullptr;  // interned names of methods
   PyObject* is_conj = nullptr;
+  PyObject* dtype = nullptr;  // interned name of an attribute
+  PyObject* int8 = nullptr;
+  PyObject* uint8 = nullptr;
+  PyObject* count_modes = nullptr;  // function: how many TorchDispatchModes are active
+  PyObject* graph_task = nullptr;  // function: number of the backward that runs in this thread
 };
 
 bool g_use_exchange_api = true;
@@ -91,6 +95,13 @@ const Torch& torch() {
     result.api = find_exchange_api(tensor);
     result.is_neg = PyUnicode_InternFromString("is_neg");
     result.is_conj = PyUnicode_InternFromString("is_conj");
+    result.dtype = PyUnicode_InternFromString("dtype");
+    result.int8 = py::object(module.attr("int8")).release().ptr();
+    result.uint8 = py::object(module.attr("uint8")).release().ptr();
+    result.count_modes =
+        py::object(module.attr("_C").attr("_len_torch_dispatch_stack")).release().ptr();
+    const py::object graph_task = module.attr("_C").attr("_current_graph_task_id");
+    result.graph_task = graph_task.inc_ref().ptr();
     return result;
   }();
   return found;
@@ -126,6 +137,27 @@ std::uint64_t bytes_of(const dlpack::Tensor& tensor) noexcept {
   return elements * tensor.dtype.bits * tensor.dtype.lanes / 8;
 }
 
+// False for what the record format has no name for. DLPack gives torch's integers of less than a
+// byte (int4, uint1, ...) out as bytes, so 8-bit integers are asked for their true dtype.
+bool has_storable_dtype(PyObject* tensor, const dlpack::DataType& dtype) noexcept {
+  if (dtype_name(dtype) == nullptr) return false;
+  if (dtype.code > 1 || dtype.bits != 8) return true;
+  PyObject* exact = PyObject_GetAttr(tensor, torch().dtype);
+  if (exact == nullptr) PyErr_Clear();
+  Py_XDECREF(exact);  // torch's dtypes are immortal; only the address is compared
+  return exact == torch().int8 || exact == torch().uint8;
+}
+
+// Whether operators that we run would be seen by the user's modes, selective activation
+// checkpointing for one, which counts them.
+bool is_watched() noexcept {
+  PyObject* count = PyObject_CallNoArgs(torch().count_modes);
+  if (count == nullptr) PyErr_Clear();
+  const bool watched = count == nullptr || PyLong_AsLong(count) != 0;
+  Py_XDECREF(count);
+  return watched;
+}
+
 bool borrow_raw(py::handle object, dlpack::Tensor* out) noexcept {
   if (exchange_api()->borrow(object.ptr(), out) == 0) return true;
   PyErr_Clear();  // sparse, quantized, meta, nested, inside vmap: told by our own error
@@ -138,10 +170,23 @@ bool is_exact_tensor(PyObject* object) noexcept {
   return Py_TYPE(object) == torch().tensor || Py_TYPE(object) == torch().parameter;
 }
 
+bool is_in_backward() {
+  PyObject* task = PyObject_CallNoArgs(torch().graph_task);
+  if (task == nullptr) throw py::error_already_set();
+  const long number = PyLong_AsLong(task);
+  Py_DECREF(task);
+  return number != -1;
+}
+
 std::int64_t first_dimension(PyObject* tensor) noexcept {
   if (exchange_api() == nullptr) return -1;
   dlpack::Tensor raw{};
   if (!borrow_raw(tensor, &raw) || raw.ndim == 0) return -1;
+  // FakeTensor and what functionalize() makes answer with no memory.
+  const bool has_memory = raw.data != nullptr || bytes_of(raw) == 0;
+  if (!has_memory || !has_storable_dtype(tensor, raw.dtype)) return -1;
+  const bool is_dense = is_contiguous(raw) && !is_complex(raw.dtype);
+  if (!is_dense && is_watched()) return -1;  // to make it dense takes operators
   return raw.shape[0];
 }
 

@@ -28,6 +28,8 @@ class TensorSource final : public ByteSource {
   // Address of the bytes: on the device if is_on_device().
   [[nodiscard]] const std::byte* borrow() override;
   [[nodiscard]] bool is_on_device() const noexcept { return place_.device >= 0; }
+  // The CUDA device's index; -1 on the host.
+  [[nodiscard]] int device() const noexcept { return place_.device; }
   // REQUIRES: is_on_device(). The device, and the stream that torch computes on there now.
   [[nodiscard]] DevicePlace place() const;
   // Becomes a CPU copy; waits for the device.
@@ -45,8 +47,12 @@ class TensorSource final : public ByteSource {
   std::vector<std::int64_t> dims_;  // only without the exchange API
 };
 
-// Size of the first dimension; -1 for a scalar or for what cannot be borrowed.
+// Size of the first dimension; -1 for a scalar and for what cannot be stored as it stands.
 [[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
+
+// Whether the calling thread runs inside autograd's backward, where activation checkpointing
+// computes layers anew.
+[[nodiscard]] bool is_in_backward();
 
 // Imports torch and looks up what we need of it. At import, since two hooks that met in it first
 // could deadlock: one in the import without the GIL, one with the GIL waiting for the first.

@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <thread>
 
+#include "capture/read_back.h"
 #include "ring/record.h"
+#include "ring/slot_copy.h"
 #include "writer/runtime.h"
 
 namespace mld {
@@ -15,7 +16,6 @@ constexpr auto kLeastWait = std::chrono::milliseconds(200);
 // The writer gives up on a full disk after stall_timeout too, counted from its first failure; its
 // verdict says more than that of a waiter, so the waiter lets it come first.
 constexpr auto kVerdictGrace = std::chrono::seconds(1);
-constexpr auto kCopyPoll = std::chrono::microseconds(200);
 
 std::int64_t compose_row_id(std::uint64_t rank, std::uint64_t attempt, std::uint64_t row) noexcept {
   return static_cast<std::int64_t>(rank << (kAttemptBits + kRowBits) | attempt << kRowBits | row);
@@ -46,18 +46,37 @@ class CountGuard {
   std::atomic<std::uint32_t>& count_;
 };
 
-// Counts the time of a wait however it ends.
-class StallClock {
+// The ways of a piece into its slot. Where the host waits in between, leave() comes before and
+// enter() after; false ends the call.
+struct HostWay {
+  void leave() const noexcept {}
+  [[nodiscard]] bool enter() const noexcept { return true; }
+  [[nodiscard]] bool copy(const std::byte* from, std::byte* to,
+                          const RecordHeader* header) const noexcept {
+    copy_to_slot(to, from, header->payload_bytes);
+    return true;
+  }
+};
+
+// Enqueues, and says in the header which copy brings the payload.
+class DeviceWay {
  public:
-  explicit StallClock(Ledger& ledger) : ledger_(ledger) { ledger_.add_stall(); }
-  ~StallClock() { ledger_.add_stall_time(static_cast<std::uint64_t>(elapsed().count())); }
-  StallClock(const StallClock&) = delete;
-  StallClock& operator=(const StallClock&) = delete;
-  [[nodiscard]] std::chrono::nanoseconds elapsed() const { return Clock::now() - begin_; }
+  explicit DeviceWay(StageSession& session) noexcept : session_(session) {}
+  void leave() const noexcept { session_.leave(); }
+  [[nodiscard]] bool enter() const {
+    const StageResult result = session_.enter();
+    if (result == StageResult::kCapturing) throw stream_capture_error();
+    return result == StageResult::kStaged;
+  }
+  [[nodiscard]] bool copy(const std::byte* from, std::byte* to,
+                          RecordHeader* header) const noexcept {
+    header->copy_device = static_cast<std::uint32_t>(session_.device()) + 1;
+    return session_.stage(from, to, header->payload_bytes, &header->copy_sequence) ==
+           StageResult::kStaged;
+  }
 
  private:
-  Ledger& ledger_;
-  const Clock::time_point begin_ = Clock::now();
+  StageSession& session_;
 };
 
 }  // namespace
@@ -99,10 +118,30 @@ std::uint64_t Recorder::begin_call(std::int64_t epoch, std::uint32_t batch_size)
 
 void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype,
                        const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
-                       ByteSource& source, WaitHooks& hooks) {
-  add_capture(call, column, dtype, dims, ndim, bytes);
+                       ByteSource& source, WaitHooks& hooks, int device) {
+  add_capture(call, column, dtype, dims, ndim, bytes, device);
   try {
-    copy_pieces(call, bytes, source, hooks);
+    copy_pieces(call, bytes, source.borrow(), HostWay{}, source, hooks);
+  } catch (...) {
+    break_call(call);
+    throw;
+  }
+}
+
+bool Recorder::capture_device(ThreadCall& call, std::uint32_t column, const char* dtype,
+                              const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
+                              const DevicePlace& place, ByteSource& source, WaitHooks& hooks) {
+  try {
+    StageSession session(call.runtime->stager(), place);
+    const std::byte* from = source.borrow();  // runs code of torch's, so before the session
+    const DeviceWay way(session);
+    const StageResult result = session.enter();
+    if (result == StageResult::kUnavailable) return false;
+    if (result == StageResult::kCapturing) throw stream_capture_error();
+    add_capture(call, column, dtype, dims, ndim, bytes, place.device);
+    if (result == StageResult::kLost) call.fate = ThreadCall::Fate::kFailed;
+    copy_pieces(call, bytes, from, way, source, hooks);
+    return true;
   } catch (...) {
     break_call(call);
     throw;
@@ -116,79 +155,44 @@ void Recorder::break_call(ThreadCall& call) noexcept {
   call.trouble = std::current_exception();
 }
 
-void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& source,
-                           WaitHooks& hooks) {
-  RecordHeader header = chunk_header(call);
+template <class Way>
+void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, const std::byte* from,
+                           const Way& way, ByteSource& source, WaitHooks& hooks) {
   Runtime& runtime = *call.runtime;
+  RecordHeader header = chunk_header(call);
   const std::uint64_t max_piece = runtime.max_piece_bytes();
   for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored;
        offset += max_piece) {
     header.payload_bytes = std::min(max_piece, bytes - offset);
     check_budget(call, header.payload_bytes, 0);
+    const std::size_t slot_bytes = chunk_slot_bytes(header.payload_bytes);
     Ring::Slot slot;
-    if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
+    const bool must_wait = !room_.try_take(call, slot_bytes, &slot);
+    if (must_wait) {
+      way.leave();
+      if (!room_.take_slow(call, slot_bytes, &slot, hooks)) return;
+    }
     Reservation<std::uint64_t> reservation(runtime.ring(), slot);
-    const std::byte* from = source.borrow() + offset;
-    std::memcpy(slot.data, &header, sizeof header);
-    std::memcpy(slot.data + sizeof header, from, header.payload_bytes);
-    reservation.publish();
-    runtime.note_published();
-    call.pieces.push_back({slot.position, header.payload_bytes});
-    ++call.captures[header.capture].pieces;
-  }
-}
-
-bool Recorder::capture_device(ThreadCall& call, std::uint32_t column, const char* dtype,
-                              const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
-                              const DevicePlace& place, ByteSource& source, WaitHooks& hooks) {
-  const StageResult result = call.runtime->stager().open(place);
-  if (result == StageResult::kCapturing) throw stream_capture_error();
-  if (result == StageResult::kUnavailable) return false;
-  add_capture(call, column, dtype, dims, ndim, bytes);
-  if (result == StageResult::kLost) call.fate = ThreadCall::Fate::kFailed;
-  try {
-    stage_pieces(call, bytes, place, source, hooks);
-  } catch (...) {
-    break_call(call);
-    throw;
-  }
-  return true;
-}
-
-void Recorder::stage_pieces(ThreadCall& call, std::uint64_t bytes, const DevicePlace& place,
-                            ByteSource& source, WaitHooks& hooks) {
-  Runtime& runtime = *call.runtime;
-  RecordHeader header = chunk_header(call);
-  header.copy_device = static_cast<std::uint32_t>(place.device) + 1;
-  const std::uint64_t max_piece = runtime.max_piece_bytes();
-  for (std::uint64_t offset = 0; offset < bytes && call.fate == ThreadCall::Fate::kStored;
-       offset += max_piece) {
-    header.payload_bytes = std::min(max_piece, bytes - offset);
-    check_budget(call, header.payload_bytes, 0);
-    Ring::Slot slot;
-    if (!reserve(call, sizeof header + header.payload_bytes, &slot, hooks)) return;
-    Reservation<std::uint64_t> reservation(runtime.ring(), slot);
-    const std::byte* from = source.borrow() + offset;
-    const StageResult result = runtime.stager().stage(place, from, slot.data + sizeof header,
-                                                      header.payload_bytes, &header.copy_sequence);
-    if (result == StageResult::kCapturing) throw stream_capture_error();
-    if (result != StageResult::kStaged) {
+    if (must_wait) from = source.borrow();
+    if ((must_wait && !way.enter()) ||
+        !way.copy(from + offset, slot.data + sizeof header, &header)) {
       call.fate = ThreadCall::Fate::kFailed;
       return;
     }
     std::memcpy(slot.data, &header, sizeof header);
     reservation.publish();
     runtime.note_published();
-    call.pieces.push_back(
-        {slot.position, header.payload_bytes, place.device, header.copy_sequence});
+    call.pieces.push_back({slot.position, header.payload_bytes,
+                           static_cast<int>(header.copy_device) - 1, header.copy_sequence});
     ++call.captures[header.capture].pieces;
   }
 }
 
 void Recorder::add_capture(ThreadCall& call, std::uint32_t column, const char* dtype,
-                           const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes) {
+                           const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
+                           int device) {
   call.captures.push_back({column, dtype, static_cast<std::uint32_t>(call.dims.size()), ndim,
-                           static_cast<std::uint32_t>(call.pieces.size()), 0, bytes});
+                           static_cast<std::uint32_t>(call.pieces.size()), 0, bytes, device});
   call.dims.insert(call.dims.end(), dims, dims + ndim);
   call.bytes += bytes;  // counted for lost calls too
 }
@@ -201,69 +205,6 @@ RecordHeader Recorder::chunk_header(const ThreadCall& call) const noexcept {
   header.epoch = call.epoch;
   header.capture = static_cast<std::uint32_t>(call.captures.size() - 1);
   return header;
-}
-
-bool Recorder::reserve(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
-                       WaitHooks& hooks) {
-  Ring& ring = call.runtime->ring();
-  if (!ring.try_reserve(slot_bytes, slot) && !reserve_slow(call, slot_bytes, slot, hooks))
-    return false;
-  note_high_water(ring);
-  return true;
-}
-
-bool Recorder::reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
-                            WaitHooks& hooks) {
-  Runtime& runtime = *call.runtime;
-  Ring& ring = runtime.ring();
-  const RecorderOptions& options = attempt_->options();
-  if (options.overflow == OverflowPolicy::kDiscard) {
-    runtime.wake();
-    return lose(call, LossCause::kRingFull);
-  }
-  if (options.overflow == OverflowPolicy::kRaise) {
-    runtime.wake();
-    throw Error(ErrorKind::kRingOverflow,
-                "the ring of " + std::to_string(ring.capacity_bytes()) +
-                    " bytes is full: " + std::to_string(ring.used_bytes()) +
-                    " wait to be written and " + std::to_string(slot_bytes) + " more came",
-                "raise TracerConfig.ring_bytes, or choose overflow=\"block\" or \"discard\"");
-  }
-  const StallClock stall(attempt_->ledger());
-  for (;;) {
-    const std::uint64_t seen = runtime.progress();
-    if (ring.try_reserve(slot_bytes, slot)) return true;
-    if (attempt_->is_failed()) {
-      call.fate = ThreadCall::Fate::kFailed;
-      return false;
-    }
-    if (stall.elapsed() >= attempt_->options().stall_timeout) {
-      if (attempt_->options().on_error == OnError::kWarn) return lose(call, LossCause::kStall);
-      throw Error(
-          ErrorKind::kTraceStall,
-          "the ring stayed full for stall_timeout_s=" +
-              std::to_string(
-                  std::chrono::duration<double>(attempt_->options().stall_timeout).count()) +
-              ": the disk does not take what is recorded",
-          "look at the disk, raise TracerConfig.stall_timeout_s, or choose overflow=\"discard\"");
-    }
-    runtime.wait_slice(seen, hooks);
-  }
-}
-
-bool Recorder::lose(ThreadCall& call, LossCause cause) noexcept {
-  call.fate = ThreadCall::Fate::kDiscarded;
-  call.cause = cause;
-  return false;
-}
-
-void Recorder::note_high_water(Ring& ring) noexcept {
-  // relaxed: a statistic.
-  const std::uint64_t used = ring.used_bytes();
-  std::uint64_t seen = high_water_bytes_.load(std::memory_order_relaxed);
-  while (used > seen &&
-         !high_water_bytes_.compare_exchange_weak(seen, used, std::memory_order_relaxed)) {
-  }
 }
 
 // Bytes of the call that the writer has stored already are part of disk_bytes().
@@ -305,7 +246,7 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
     check_budget(*call, 0, attempt_->ledger().snapshot().bytes_in_flight);
   }
   Ring::Slot slot;
-  if (call->fate != ThreadCall::Fate::kStored || !reserve(*call, slot_bytes, &slot, hooks)) {
+  if (call->fate != ThreadCall::Fate::kStored || !room_.take(*call, slot_bytes, &slot, hooks)) {
     count_lost(*call, rows);
     return false;
   }
@@ -332,14 +273,14 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
 
 void Recorder::count_lost(ThreadCall& call, std::uint64_t rows) {
   if (call.fate == ThreadCall::Fate::kFailed) {
-    // With a device lost, and not the storage, earlier pieces may be stored.
-    if (!call.pieces.empty() && !attempt_->is_failed()) note_loss(call, 0);
+    // By its device: a gap. With the storage nothing can be written any more.
+    if (!attempt_->is_failed()) note_loss(call, rows, kDeviceErrorCause);
     attempt_->ledger().submit_failed(rows, call.bytes);
     call.end(ThreadCall::State::kEnded);
     if (attempt_->options().on_error == OnError::kRaise) attempt_->raise_failure();
     return;
   }
-  note_loss(call, rows);
+  note_loss(call, rows, kLossCauseNames[static_cast<std::size_t>(call.cause)]);
   attempt_->ledger().submit_discarded(rows, call.bytes, call.cause);
   call.end(ThreadCall::State::kEnded);
 }
@@ -347,13 +288,12 @@ void Recorder::count_lost(ThreadCall& call, std::uint64_t rows) {
 void Recorder::abort_call() {
   ThreadCall* call = current_call();
   if (call == nullptr) return;
-  if (!call->pieces.empty()) note_loss(*call, 0);
+  if (!call->pieces.empty()) note_loss(*call, 0, "");
   call->end(ThreadCall::State::kNone);
 }
 
-void Recorder::note_loss(const ThreadCall& call, std::uint64_t rows) {
-  const Gap gap{call.number, call.number, rows, rows == 0 ? 0 : call.bytes,
-                kLossCauseNames[static_cast<std::size_t>(call.cause)]};
+void Recorder::note_loss(const ThreadCall& call, std::uint64_t rows, const char* cause) {
+  const Gap gap{call.number, call.number, rows, rows == 0 ? 0 : call.bytes, cause};
   attempt_->note_loss({call.runtime->ring().head(), call.epoch, gap});
 }
 
@@ -363,53 +303,7 @@ std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
       capture >= call->captures.size()) {
     throw Error(ErrorKind::kNotFound, "nothing was captured in this thread's last call");
   }
-  const CaptureInfo& info = call->captures[capture];
-  struct Result {
-    std::string bytes;
-    bool found = true;
-  };
-  const auto runtime = this->runtime();
-  wait_for_copies(*call, info, *runtime, hooks);
-  auto result = std::make_shared<Result>();
-  result->bytes.resize(info.bytes);
-  const auto first = call->pieces.begin() + info.first_piece;
-  std::vector<CapturePiece> pieces(first, first + info.pieces);
-  runtime->run_on_writer(
-      [result, pieces = std::move(pieces), id = attempt_->id(), number = call->number,
-       epoch = call->epoch, capture](Writer& writer) {
-        std::size_t offset = 0;
-        for (std::size_t piece = 0; piece < pieces.size() && result->found; ++piece) {
-          result->found = writer.read_piece(id, epoch, number, capture, piece, pieces[piece],
-                                            result->bytes.data() + offset);
-          offset += pieces[piece].bytes;
-        }
-      },
-      attempt_->options().stall_timeout, "reading back a capture", hooks);
-  if (!result->found)
-    throw Error(ErrorKind::kNotFound, "the last call's rows are gone: they were dropped or lost");
-  return std::move(result->bytes);
-}
-
-// Until the bytes of a capture are in the ring.
-void Recorder::wait_for_copies(const ThreadCall& call, const CaptureInfo& info, Runtime& runtime,
-                               WaitHooks& hooks) const {
-  const auto deadline = Clock::now() + attempt_->options().stall_timeout;
-  const DeviceStager& stager = runtime.stager();
-  for (std::uint32_t number = 0; number < info.pieces; ++number) {
-    const CapturePiece& piece = call.pieces[info.first_piece + number];
-    while (piece.device >= 0 && !stager.has_arrived(piece.device, piece.copy_sequence)) {
-      if (stager.is_lost(piece.device) && !stager.has_arrived(piece.device, piece.copy_sequence)) {
-        throw Error(ErrorKind::kNotFound, "the capture was lost with its CUDA device");
-      }
-      if (Clock::now() >= deadline) {
-        throw Error(ErrorKind::kTraceStall, "a capture has not arrived from its CUDA device",
-                    "look whether the device still works, or raise TracerConfig.stall_timeout_s");
-      }
-      hooks.before_slice();
-      std::this_thread::sleep_for(kCopyPoll);
-      hooks.after_slice();
-    }
-  }
+  return read_capture(*runtime(), *attempt_, *call, capture, hooks);
 }
 
 void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks& hooks) {

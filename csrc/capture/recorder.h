@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "capture/attempt.h"
+#include "capture/ring_room.h"
 #include "capture/thread_call.h"
 #include "clock.h"
 #include "device/device_stager.h"
@@ -34,8 +35,8 @@ namespace mld {
 class Runtime;
 struct RecordHeader;
 
-// Bytes to copy. They are borrowed anew before each piece, since a wait may lie between two. Of a
-// device tensor: its device address.
+// Bytes to copy. They are borrowed before the first piece, and anew after each wait. Of a device
+// tensor: its device address.
 class ByteSource {
  public:
   virtual ~ByteSource() = default;
@@ -48,14 +49,14 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   // Throws Error.
   static std::shared_ptr<Recorder> open(const StoreUse& store, const RecorderOptions& options);
   Recorder(std::shared_ptr<Runtime> runtime, std::shared_ptr<AttemptState> attempt)
-      : attempt_(std::move(attempt)), runtime_(std::move(runtime)) {}
+      : attempt_(std::move(attempt)), room_(*attempt_), runtime_(std::move(runtime)) {}
   Recorder(const Recorder&) = delete;
   Recorder& operator=(const Recorder&) = delete;
 
   [[nodiscard]] const AttemptState& attempt() const noexcept { return *attempt_; }
   [[nodiscard]] bool is_inert() const noexcept { return generation_ != process_generation(); }
   [[nodiscard]] std::size_t ring_high_water_bytes() const noexcept {
-    return high_water_bytes_.load(std::memory_order_relaxed);
+    return room_.high_water_bytes();
   }
 
   // The calling thread's open call; null when it has none. This is all that a hook outside of a
@@ -65,14 +66,16 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   [[nodiscard]] ThreadCall* last_call() const noexcept { return find_thread_call(attempt_->id()); }
 
   std::uint64_t begin_call(std::int64_t epoch, std::uint32_t batch_size);
-  // Copies `bytes` from `source`. Throws Error(kRingOverflow, kTraceStall), and what
-  // hooks.after_slice() throws.
+  // Copies `bytes` from `source`; `device` is where they lay before somebody took them to the host,
+  // and is only remembered. Throws Error(kRingOverflow, kTraceStall), and what hooks.after_slice()
+  // throws.
   void capture(ThreadCall& call, std::uint32_t column, const char* dtype, const std::int64_t* dims,
-               std::uint32_t ndim, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
+               std::uint32_t ndim, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks,
+               int device = -1);
   // The same for memory of a CUDA device: enqueues copies and waits for none. False, with nothing
   // done, when the device has no such path: copy to the host, then capture(). A lost device loses
-  // the call (counted as failed) instead of raising, since the error is the user's to see. Throws
-  // as capture(), and Error(kStreamCapture).
+  // the call (counted as failed, with a gap) instead of raising: the error is the user's to see.
+  // Throws as capture(), and Error(kStreamCapture).
   [[nodiscard]] bool capture_device(ThreadCall& call, std::uint32_t column, const char* dtype,
                                     const std::int64_t* dims, std::uint32_t ndim,
                                     std::uint64_t bytes, const DevicePlace& place,
@@ -93,33 +96,26 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   bool close(std::chrono::nanoseconds timeout, WaitHooks& hooks);
 
  private:
-  using Ring = MpscByteRing<std::uint64_t>;
+  using Ring = RingRoom::Ring;
 
   // Lists a capture and counts its bytes.
   void add_capture(ThreadCall& call, std::uint32_t column, const char* dtype,
-                   const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes);
+                   const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes, int device);
   [[nodiscard]] RecordHeader chunk_header(const ThreadCall& call) const noexcept;
-  void wait_for_copies(const ThreadCall& call, const CaptureInfo& info, Runtime& runtime,
-                       WaitHooks& hooks) const;
-  // False when the call was lost instead, by the overflow policy or with its storage.
-  [[nodiscard]] bool reserve(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
-                             WaitHooks& hooks);
-  [[nodiscard]] bool reserve_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot,
-                                  WaitHooks& hooks);
   void count_lost(ThreadCall& call, std::uint64_t rows);
-  [[nodiscard]] bool lose(ThreadCall& call, LossCause cause) noexcept;
   void let_go();
   void wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks);
-  void copy_pieces(ThreadCall& call, std::uint64_t bytes, ByteSource& source, WaitHooks& hooks);
-  void stage_pieces(ThreadCall& call, std::uint64_t bytes, const DevicePlace& place,
-                    ByteSource& source, WaitHooks& hooks);
+  // Copies what lies at `from`, which was borrowed from `source` just now; after a wait it is
+  // borrowed anew.
+  template <class Way>
+  void copy_pieces(ThreadCall& call, std::uint64_t bytes, const std::byte* from, const Way& way,
+                   ByteSource& source, WaitHooks& hooks);
   // Within a catch: the call cannot be stored any more, and end_call() will say why.
   static void break_call(ThreadCall& call) noexcept;
   // Throws Error(kDiskBudget) if the call and `other_bytes` do not fit max_bytes.
   void check_budget(const ThreadCall& call, std::uint64_t more_bytes,
                     std::uint64_t other_bytes) const;
-  void note_loss(const ThreadCall& call, std::uint64_t rows);
-  void note_high_water(Ring& ring) noexcept;
+  void note_loss(const ThreadCall& call, std::uint64_t rows, const char* cause);
   // The runtime; throws Error(kTracerClosed) when there is none any more.
   [[nodiscard]] std::shared_ptr<Runtime> runtime() const;
 
@@ -127,9 +123,9 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   const std::uint64_t generation_ = process_generation();
   const std::shared_ptr<AttemptState> attempt_;
   // shared
+  RingRoom room_;
   std::atomic<std::uint64_t> next_call_{0};
   std::atomic<std::uint64_t> next_row_{0};
-  std::atomic<std::uint64_t> high_water_bytes_{0};
   std::atomic<bool> closed_{false};
   // Calls between their look at closed_ and their last record.
   std::atomic<std::uint32_t> ending_{0};

@@ -22,6 +22,7 @@ struct CaptureInfo {
   std::uint32_t first_dim, ndim;  // in ThreadCall::dims
   std::uint32_t first_piece, pieces;
   std::uint64_t bytes;
+  int device;  // where the tensor lay: the CUDA device's index, or -1 for the host
 };
 
 struct CapturePiece {

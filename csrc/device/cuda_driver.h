@@ -27,6 +27,7 @@ inline constexpr Result kSuccess = 0;
 inline constexpr Result kOutOfMemory = 2;
 inline constexpr Result kDeinitialized = 4;
 inline constexpr Result kNotReady = 600;
+inline constexpr Result kNotSupported = 801;
 inline constexpr Result kStreamCaptureImplicit = 906;
 inline constexpr Result kUnknown = 999;
 
@@ -41,38 +42,39 @@ inline constexpr int kCaptureModeRelaxed = 2;
 [[nodiscard]] bool is_sticky(Result code) noexcept;
 
 // member, symbol, signature
-#define MLD_CUDA_FUNCTIONS(F)                                                         \
-  F(get_error_name, "cuGetErrorName", Result (*)(Result, const char**))               \
-  F(device_get, "cuDeviceGet", Result (*)(Device*, int))                              \
-  F(primary_context_retain, "cuDevicePrimaryCtxRetain", Result (*)(Context*, Device)) \
-  F(primary_context_release, "cuDevicePrimaryCtxRelease_v2", Result (*)(Device))      \
-  F(context_get_current, "cuCtxGetCurrent", Result (*)(Context*))                     \
-  F(context_push, "cuCtxPushCurrent_v2", Result (*)(Context))                         \
-  F(context_pop, "cuCtxPopCurrent_v2", Result (*)(Context*))                          \
-  F(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", Result (*)(int*))     \
-  F(stream_is_capturing, "cuStreamIsCapturing", Result (*)(Stream, int*))             \
-  F(stream_create, "cuStreamCreate", Result (*)(Stream*, unsigned))                   \
-  F(stream_destroy, "cuStreamDestroy_v2", Result (*)(Stream))                         \
-  F(stream_wait_event, "cuStreamWaitEvent", Result (*)(Stream, Event, unsigned))      \
-  F(stream_synchronize, "cuStreamSynchronize", Result (*)(Stream))                    \
-  F(stream_query, "cuStreamQuery", Result (*)(Stream))                                \
-  F(stream_write_value, "cuStreamWriteValue32_v2",                                    \
-    Result (*)(Stream, DevicePointer, std::uint32_t, unsigned))                       \
-  F(event_create, "cuEventCreate", Result (*)(Event*, unsigned))                      \
-  F(event_record, "cuEventRecord", Result (*)(Event, Stream))                         \
-  F(event_destroy, "cuEventDestroy_v2", Result (*)(Event))                            \
-  F(memory_get_info, "cuMemGetInfo_v2", Result (*)(std::size_t*, std::size_t*))       \
-  F(memory_allocate, "cuMemAlloc_v2", Result (*)(DevicePointer*, std::size_t))        \
-  F(memory_free, "cuMemFree_v2", Result (*)(DevicePointer))                           \
-  F(host_allocate, "cuMemHostAlloc", Result (*)(void**, std::size_t, unsigned))       \
-  F(host_free, "cuMemFreeHost", Result (*)(void*))                                    \
-  F(host_register, "cuMemHostRegister_v2", Result (*)(void*, std::size_t, unsigned))  \
-  F(host_unregister, "cuMemHostUnregister", Result (*)(void*))                        \
-  F(host_device_pointer, "cuMemHostGetDevicePointer_v2",                              \
-    Result (*)(DevicePointer*, void*, unsigned))                                      \
-  F(copy_device_to_device, "cuMemcpyDtoDAsync_v2",                                    \
-    Result (*)(DevicePointer, DevicePointer, std::size_t, Stream))                    \
-  F(copy_device_to_host, "cuMemcpyDtoHAsync_v2",                                      \
+#define MLD_CUDA_FUNCTIONS(F)                                                                 \
+  F(get_error_name, "cuGetErrorName", Result (*)(Result, const char**))                       \
+  F(device_get, "cuDeviceGet", Result (*)(Device*, int))                                      \
+  F(primary_context_retain, "cuDevicePrimaryCtxRetain", Result (*)(Context*, Device))         \
+  F(primary_context_release, "cuDevicePrimaryCtxRelease_v2", Result (*)(Device))              \
+  F(context_get_current, "cuCtxGetCurrent", Result (*)(Context*))                             \
+  F(context_push, "cuCtxPushCurrent_v2", Result (*)(Context))                                 \
+  F(context_pop, "cuCtxPopCurrent_v2", Result (*)(Context*))                                  \
+  F(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", Result (*)(int*))             \
+  F(stream_is_capturing, "cuStreamIsCapturing", Result (*)(Stream, int*))                     \
+  F(stream_create, "cuStreamCreate", Result (*)(Stream*, unsigned))                           \
+  F(stream_destroy, "cuStreamDestroy_v2", Result (*)(Stream))                                 \
+  F(stream_wait_event, "cuStreamWaitEvent", Result (*)(Stream, Event, unsigned))              \
+  F(stream_synchronize, "cuStreamSynchronize", Result (*)(Stream))                            \
+  F(stream_query, "cuStreamQuery", Result (*)(Stream))                                        \
+  F(stream_write_value, "cuStreamWriteValue32_v2",                                            \
+    Result (*)(Stream, DevicePointer, std::uint32_t, unsigned))                               \
+  F(event_create, "cuEventCreate", Result (*)(Event*, unsigned))                              \
+  F(event_record, "cuEventRecord", Result (*)(Event, Stream))                                 \
+  F(event_destroy, "cuEventDestroy_v2", Result (*)(Event))                                    \
+  F(memory_get_info, "cuMemGetInfo_v2", Result (*)(std::size_t*, std::size_t*))               \
+  F(memory_allocate, "cuMemAlloc_v2", Result (*)(DevicePointer*, std::size_t))                \
+  F(memory_free, "cuMemFree_v2", Result (*)(DevicePointer))                                   \
+  F(memory_set, "cuMemsetD32Async", Result (*)(DevicePointer, unsigned, std::size_t, Stream)) \
+  F(host_allocate, "cuMemHostAlloc", Result (*)(void**, std::size_t, unsigned))               \
+  F(host_free, "cuMemFreeHost", Result (*)(void*))                                            \
+  F(host_register, "cuMemHostRegister_v2", Result (*)(void*, std::size_t, unsigned))          \
+  F(host_unregister, "cuMemHostUnregister", Result (*)(void*))                                \
+  F(host_device_pointer, "cuMemHostGetDevicePointer_v2",                                      \
+    Result (*)(DevicePointer*, void*, unsigned))                                              \
+  F(copy_device_to_device, "cuMemcpyDtoDAsync_v2",                                            \
+    Result (*)(DevicePointer, DevicePointer, std::size_t, Stream))                            \
+  F(copy_device_to_host, "cuMemcpyDtoHAsync_v2",                                              \
     Result (*)(void*, DevicePointer, std::size_t, Stream))
 
 class Driver {

@@ -4,7 +4,6 @@
 //   compute stream:  ... kernel ─ D2D snapshot ─ record event ─ later kernels, in-place operations
 //                                                     │
 //   our stream:              ... ─ earlier copies ─ wait ─ D2H into the slot ─ write word := n ─
-//   ...
 //                                                                                    │
 //   host:            writer, by acquire loads only:            "copy n has arrived" ◄┘
 //
@@ -13,18 +12,13 @@
 // A device slot and an event are free again when the word has passed their number. With no room in
 // the device ring, the D2H copy itself goes to the compute stream, and our stream waits for it.
 //
-// Thread safety: open, stage, has_arrived, report, take_notice from any thread; state_of and
-// probing from the writer thread; shut_down when neither producers nor writer are there any more.
+// Thread safety: has_arrived, is_lost, report, take_notice from any thread, and a StageSession from
+// the thread that made it; state_of from the writer thread; shut_down when neither producers nor
+// writer are there any more.
 //
-// INVARIANT 1: a stream only waits for an event that is already recorded (waiting for another one
-//              is a no-op), so all waits depend on device work alone, never on disk or writer.
-// INVARIANT 2: numbers are given and their operations enqueued under one lock a device, so the
-//              order of numbers is the order of our stream.
-// INVARIANT 3: a copy counts as lost only when its context is lost, and a copy enqueued in part is
-//              waited for, so nobody writes to a slot that was given up.
-// INVARIANT 4: nothing is enqueued on a stream that is being captured into a graph, and our calls
-//              run in RELAXED capture mode, so that they never invalidate a capture of another
-//              thread.
+// INVARIANT: nothing is enqueued on a stream that is being captured into a graph, and our calls run
+//            in sessions (device_session.h), so that they never invalidate a capture of another
+//            thread. The orders of one device's copies are device_path.h's invariants.
 //
 // After an unexpected code of the driver the device's path is closed for good. A lost context
 // (a sticky error) loses what is asked of it from then on; otherwise callers copy synchronously.
@@ -39,10 +33,11 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <vector>
 
-#include "clock.h"
 #include "device/cuda_driver.h"
+#include "device/device_notes.h"
+#include "device/device_path.h"
+#include "device/device_session.h"
 #include "process.h"
 #include "ring/copy_watch.h"
 
@@ -60,7 +55,7 @@ struct DevicePlace {
 };
 
 enum class StageResult {
-  kStaged,       // enqueued; it arrives by itself
+  kStaged,       // it can be; enqueued, and it arrives by itself
   kCapturing,    // the stream is being captured into a graph; nothing was enqueued
   kUnavailable,  // there is no such path, or not any more: copy synchronously
   kLost,         // the context is lost: nothing can be copied from this device any more
@@ -75,23 +70,19 @@ struct DeviceReport {
   bool pinned = false;  // the arena
 };
 
+class StageSession;
+
 class DeviceStager final : public CopyWatch {
  public:
   static constexpr int kMaxDevices = 64;
 
-  // `arena` is where slots lie; it outlives the stager. Nothing is loaded or taken before open().
+  // `arena` is where slots lie; it outlives the stager. Nothing is loaded or taken before a
+  // session.
   DeviceStager(std::byte* arena, std::size_t arena_bytes, DeviceOptions options);
   ~DeviceStager() override;
   DeviceStager(const DeviceStager&) = delete;
   DeviceStager& operator=(const DeviceStager&) = delete;
 
-  // Before a capture: whether its tensor can be staged. Sets the device up when it is the first.
-  [[nodiscard]] StageResult open(const DevicePlace& place) noexcept;
-  // Enqueues the copy of `bytes` at device address `from`, as they are at this point of the compute
-  // stream, to `to` in the arena. REQUIRES: open() has returned kStaged; `to` stays reserved until
-  // the copy with number `*sequence` has arrived or is lost.
-  [[nodiscard]] StageResult stage(const DevicePlace& place, const std::byte* from, std::byte* to,
-                                  std::size_t bytes, std::uint64_t* sequence) noexcept;
   void count_synchronous_copy() noexcept;
 
   // Any thread; false also for what is lost.
@@ -102,32 +93,22 @@ class DeviceStager final : public CopyWatch {
 
   [[nodiscard]] DeviceReport report() const;
   // What a user should be told, once each; nullopt when there is nothing new.
-  [[nodiscard]] std::optional<std::string> take_notice();
+  [[nodiscard]] std::optional<std::string> take_notice() { return notes_.take(); }
 
   // Waits for copies in flight and gives everything back. False when they have not ended by then:
   // all of it, and the arena, must stay for ever.
   [[nodiscard]] bool shut_down(std::chrono::nanoseconds patience) noexcept;
 
  private:
-  struct Device;
-  class Session;
+  friend class StageSession;
 
-  [[nodiscard]] Device* find(int device) const noexcept;
+  [[nodiscard]] DevicePath* find(int device) const noexcept;
+  // The path of a device, made if it is the first; null when there is no way.
+  [[nodiscard]] DevicePath* find_or_make(int device) noexcept;
   [[nodiscard]] const cuda::Driver* load_driver();
-  [[nodiscard]] Device* make_device(int index);
-  [[nodiscard]] StageResult set_up(Device& device) noexcept;
-  [[nodiscard]] cuda::Result take_resources(Device& device);
-  void take_device_ring(Device& device) const;
+  [[nodiscard]] DevicePath* make_path(int device);
+  [[nodiscard]] StageResult set_up(DevicePath& path) noexcept;
   void pin_arena();
-  [[nodiscard]] cuda::Result enqueue(Device& device, cuda::Stream compute, cuda::DevicePointer from,
-                                     std::byte* to, std::size_t bytes) noexcept;
-  void close_device(Device& device, cuda::Result code, const char* what) noexcept;
-  // `code`, or that of a context that turns out to be lost.
-  [[nodiscard]] cuda::Result drain(const Device& device, cuda::Stream compute,
-                                   cuda::Result code) const noexcept;
-  void probe(Device& device) noexcept;
-  void release(Device& device) noexcept;
-  void note(const std::string& text) noexcept;
 
   // constant after construction
   std::byte* const arena_;
@@ -135,19 +116,49 @@ class DeviceStager final : public CopyWatch {
   const DeviceOptions options_;
   const std::uint64_t generation_ = process_generation();
   // shared
-  std::array<std::atomic<Device*>, kMaxDevices> devices_{};
+  std::array<std::atomic<DevicePath*>, kMaxDevices> paths_{};
   std::atomic<bool> unavailable_{false};  // no driver
-  std::atomic<std::uint64_t> copies_{0}, compute_stream_copies_{0}, synchronous_copies_{0};
-  std::atomic<bool> has_notice_{false};
-  mutable std::mutex notes_mutex_;
-  std::uint64_t errors_ = 0;  // protected by notes_mutex_, as are the next two
-  std::string last_error_;
-  std::string notice_;
+  std::atomic<std::uint64_t> synchronous_copies_{0};
+  DeviceNotes notes_;
   // Taken to make and set up devices, and by nothing that the writer does.
   std::mutex setup_mutex_;
-  std::unique_ptr<cuda::Driver> driver_;  // set once under setup_mutex_, before any Device
+  std::unique_ptr<cuda::Driver> driver_;  // set once under setup_mutex_, before any path
   bool arena_tried_ = false;              // protected by setup_mutex_
   std::atomic<bool> pinned_{false};
+};
+
+// One thread's copies of one tensor. Between enter() and leave() every piece costs the operations
+// of its copy alone; what they need around them (the capture mode, the context, the question for a
+// graph capture) is done once. So nothing of the user's may run in between, and no host wait:
+// leave() comes before, and enter() after it asks again.
+class StageSession {
+ public:
+  StageSession(DeviceStager& stager, const DevicePlace& place) noexcept
+      : stager_(stager), place_(place) {}
+  StageSession(const StageSession&) = delete;
+  StageSession& operator=(const StageSession&) = delete;
+
+  // Whether the tensor can be staged: kStaged, and then the session is entered. Sets the device up
+  // when it is the first tensor of it.
+  [[nodiscard]] StageResult enter() noexcept;
+  // What is enqueued goes on.
+  void leave() noexcept { calls_.reset(); }
+  // Enqueues the copy of `bytes` at device address `from`, as they are at this point of the compute
+  // stream, to `to` in the arena: kStaged, and its number. REQUIRES: entered; `to` stays reserved
+  // until that copy has arrived or is lost.
+  [[nodiscard]] StageResult stage(const std::byte* from, std::byte* to, std::size_t bytes,
+                                  std::uint64_t* sequence) noexcept;
+  [[nodiscard]] int device() const noexcept { return place_.device; }
+
+ private:
+  [[nodiscard]] cuda::Stream compute() const noexcept {
+    return static_cast<cuda::Stream>(place_.stream);
+  }
+
+  DeviceStager& stager_;
+  const DevicePlace place_;
+  DevicePath* path_ = nullptr;
+  std::optional<DeviceSession> calls_;
 };
 
 }  // namespace mld

@@ -23,6 +23,7 @@ enum class StagerMutation {
   kNoCaptureQuestion,  // operations go to a stream that is being captured
   kNoWaitForDirect,    // our stream does not wait for a copy on the compute stream
   kNoDrain,            // a copy that was enqueued in part is not waited for
+  kCounterLate,        // without memory operations: the counter is copied before it is set
   kCount,
 };
 

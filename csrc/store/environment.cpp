@@ -23,6 +23,9 @@ unsigned flags_of(Access access, Sync sync) {
   if (!is_writable(access)) flags |= MDB_RDONLY;
   if (access == Access::kReadSealed) flags |= MDB_NOLOCK;
   if (sync == Sync::kOnRequest) flags |= MDB_NOSYNC;
+#ifndef MLD_LMDB_SYSTEM
+  flags |= MDB_NOMEMINIT;  // page_loan.h has the heap's pages zeroed
+#endif
   return flags;
 }
 
@@ -112,6 +115,9 @@ void Environment::open_handle(const std::string& directory, Access access, Sync 
   MDB_envinfo info{};
   mdb_env_info(handle_, &info);
   map_bytes_ = info.me_mapsize;
+  MDB_stat stat{};
+  mdb_env_stat(handle_, &stat);
+  page_bytes_ = stat.ms_psize;
   open_databases(directory, access == Access::kCreate);
 }
 

@@ -47,6 +47,7 @@ class Environment {
   [[nodiscard]] MDB_dbi chunks() const noexcept { return chunks_; }
   [[nodiscard]] MDB_dbi headers() const noexcept { return headers_; }
   [[nodiscard]] std::size_t map_bytes() const noexcept { return map_bytes_; }
+  [[nodiscard]] std::size_t page_bytes() const noexcept { return page_bytes_; }
 
  private:
   Environment() = default;
@@ -55,7 +56,7 @@ class Environment {
 
   MDB_env* handle_ = nullptr;
   MDB_dbi main_ = 0, chunks_ = 0, headers_ = 0;
-  std::size_t map_bytes_ = 0;
+  std::size_t map_bytes_ = 0, page_bytes_ = 0;
   FileId id_{};
   std::uint64_t generation_ = process_generation();
 };

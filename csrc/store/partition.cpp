@@ -11,14 +11,10 @@
 namespace mld {
 namespace {
 
-// A value up to this size rides in its call's header when both come in one batch: as a chunk of its
-// own it would take a page for itself, which at small batches doubles the store.
-constexpr std::uint64_t kInlineBytes = 4096;
 constexpr int kMaxFailuresInARow = 3;
 constexpr auto kRetryPause = std::chrono::milliseconds(100);
 // Free beyond what was to be written, and a failed write is not taken for a full disk.
 constexpr std::uint64_t kFullDiskSlackBytes = std::uint64_t{1} << 20;
-constexpr std::uint64_t kPageBytes = 4096;
 
 bool is_permanent(int code) {
   return code == EROFS || code == EFBIG || code == EACCES || code == EPERM;
@@ -102,7 +98,7 @@ bool Partition::is_temporary(const StoreError& error) const {
 std::uint64_t Partition::pending_page_bytes() const noexcept {
   std::uint64_t pages = 16 + gaps_.size();  // the trees' own
   for (const PendingRecord& record : pending_)
-    pages += (record.header->payload_bytes + 16) / kPageBytes + 2;
+    pages += (record.header->payload_bytes + kPageHeaderBytes) / kPageBytes + 2;
   return pages * kPageBytes;
 }
 
@@ -174,7 +170,7 @@ void Partition::stage_chunk(const PendingRecord& record, Segment::Batch& batch, 
   if (doomed_calls_.count(header.call) != 0 || forgotten_calls_.count(header.call) != 0) return;
   const std::string_view payload = header.payload();
   const bool may_inline = payload.size() <= kInlineBytes;
-  if (!may_inline) batch.append_chunk(record.position, payload);
+  if (!may_inline) batch.append_run(record.position, payload);
   const ChunkRef ref{header.capture, static_cast<std::int32_t>(segment_->sequence()),
                      record.position, payload.size(), crc32c(payload.data(), payload.size())};
   staging.calls[header.call].push_back({ref, may_inline ? &record : nullptr});

@@ -67,8 +67,10 @@ struct CallIdentity {
 struct Gap {
   std::uint64_t first_call, last_call;
   std::uint64_t rows, bytes;
-  const char* cause;
+  const char* cause;  // the name of a LossCause, or the next
 };
+// Rows whose device failed on the way. Discarded rows are counted by cause, these as failed.
+inline constexpr const char* kDeviceErrorCause = "device_error";
 
 enum class HeaderKind : std::uint8_t { kCall = 0, kGap = 1 };
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "ring/record.h"
 #include "store/files.h"
 
 namespace mld {
@@ -139,7 +140,20 @@ void Segment::Batch::put_chunk(std::uint64_t key, std::string_view value, unsign
   check_lmdb(mdb_put(transaction_.get(), segment_.environment_->chunks(), &key_value, &reserved,
                      flags | MDB_RESERVE),
              "cannot write a chunk");
-  std::memcpy(reserved.mv_data, value.data(), value.size());
+  if (reserved.mv_data != value.data()) std::memcpy(reserved.mv_data, value.data(), value.size());
+}
+
+void Segment::Batch::append_run(std::uint64_t key, std::string_view value) {
+  // Larger pages, of another kernel, have other runs; then the value is copied.
+  if (segment_.environment_->page_bytes() != kPageBytes) return append_chunk(key, value);
+  char* const run = const_cast<char*>(value.data()) - kPageHeaderBytes;
+  const std::uint64_t run_bytes = run_bytes_of(value.size());
+  std::memset(run, 0, kPageHeaderBytes);
+  const std::uint64_t used_bytes = kPageHeaderBytes + value.size();
+  std::memset(run + used_bytes, 0, run_bytes - used_bytes);
+  loans_.offer(reinterpret_cast<std::byte*>(run), run_bytes);
+  append_chunk(key, value);
+  loans_.withdraw();
 }
 
 void Segment::Batch::put_header(std::uint64_t call, std::string_view value) {
@@ -161,10 +175,8 @@ void Segment::Batch::commit() {
   segment_.totals_ = totals_;
   MDB_envinfo info{};
   mdb_env_info(segment_.environment_->get(), &info);
-  MDB_stat stat{};
-  mdb_env_stat(segment_.environment_->get(), &stat);
   const std::uint64_t used_before = segment_.used_bytes_;
-  segment_.used_bytes_ = (info.me_last_pgno + 1) * std::uint64_t{stat.ms_psize};
+  segment_.used_bytes_ = (info.me_last_pgno + 1) * segment_.environment_->page_bytes();
   segment_.give_back_page_cache(used_before);
 }
 

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "store/environment.h"
+#include "store/page_loan.h"
 #include "store/record_format.h"
 
 namespace mld {
@@ -56,10 +57,14 @@ class Segment {
   class Batch {
    public:
     explicit Batch(Segment& segment);
-    // REQUIRES: keys of append_chunk rise over the life of the segment.
+    // REQUIRES: keys of append_chunk and append_run rise over the life of the segment.
     void append_chunk(std::uint64_t key, std::string_view value) {
       put_chunk(key, value, MDB_APPEND);
     }
+    // The same without a copy. REQUIRES: `value` has more than kInlineBytes; the kPageHeaderBytes
+    // before it and the bytes behind it, to the end of its run, are there to be written to, and all
+    // of it stays until the batch is committed or gone.
+    void append_run(std::uint64_t key, std::string_view value);
     void insert_chunk(std::uint64_t key, std::string_view value) { put_chunk(key, value, 0); }
     void put_header(std::uint64_t call, std::string_view value);
     [[nodiscard]] SegmentTotals& totals() noexcept { return totals_; }
@@ -69,6 +74,7 @@ class Segment {
     void put_chunk(std::uint64_t key, std::string_view value, unsigned flags);
 
     Segment& segment_;
+    PageLoans loans_;  // before the transaction, which gives them back
     Transaction transaction_;
     SegmentTotals totals_;
   };

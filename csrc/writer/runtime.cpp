@@ -17,8 +17,6 @@ namespace {
 
 constexpr std::size_t kSmallestRingBytes = std::size_t{64} << 10;
 constexpr std::uint64_t kLargestPieceBytes = std::uint64_t{1} << 20;
-constexpr std::uint64_t kPageBytes = 4096;
-constexpr std::uint64_t kLmdbPageHeaderBytes = 16;
 constexpr auto kWaitSlice = std::chrono::milliseconds(50);
 constexpr auto kCopyPoll = std::chrono::milliseconds(1);
 constexpr auto kCopyPatience = std::chrono::seconds(10);
@@ -29,7 +27,7 @@ constexpr auto kStatusInterval = std::chrono::milliseconds(200);
 std::uint64_t piece_bytes_for(std::uint64_t ring_bytes) {
   const std::uint64_t pages =
       std::max<std::uint64_t>(std::min(kLargestPieceBytes, ring_bytes / 8) / kPageBytes, 1);
-  return pages * kPageBytes - kLmdbPageHeaderBytes;
+  return pages * kPageBytes - kPageHeaderBytes;
 }
 
 std::size_t usable_ring_bytes(std::size_t ring_bytes) {

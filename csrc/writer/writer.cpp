@@ -152,7 +152,10 @@ bool Writer::is_of_lost_call(Track& track, const RecordHeader& header, CopyState
   if (header.kind == RecordKind::kCall) {
     track.lost_calls.erase(header.call);
     track.attempt->ledger().fail(header.rows, header.call_bytes);
-    partition_of(track, header.epoch).forget_call(header.call);
+    Partition& partition = partition_of(track, header.epoch);
+    partition.forget_call(header.call);
+    partition.add_gap(
+        {header.call, header.call, header.rows, header.call_bytes, kDeviceErrorCause});
   }
   return true;
 }

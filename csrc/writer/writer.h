@@ -72,7 +72,8 @@ class Writer {
   bool read_group(std::uint64_t group_bytes);
   [[nodiscard]] CopyState state_of(const Ring::Slot& slot) const noexcept;
   void take(const PendingRecord& record, CopyState copy);
-  // Whether the record belongs to a call that cannot be complete; counts the call when it ends.
+  // Whether the record belongs to a call that cannot be complete; when it ends, the call is counted
+  // and leaves a gap.
   bool is_of_lost_call(Track& track, const RecordHeader& header, CopyState copy);
   void collect_losses();
   bool commit_due(Clock::time_point now);

@@ -87,8 +87,11 @@ class Recorder:
     def capture_buffer(self, column: int, data: Buffer) -> None:
         """Copy bytes into the current call, listed by ``captures`` as dtype ``uint8`` with shape ``(n,)``."""
 
-    def captures(self) -> list[tuple[int, str, tuple[int, ...]]]:
-        """(column, dtype, shape) of the current call's captures; the index is the capture number."""
+    def captures(self) -> list[tuple[int, str, tuple[int, ...], int]]:
+        """(column, dtype, shape, device) of the current call's captures; the index is the capture number.
+
+        ``device`` is the index of the CUDA device where the tensor lay, -1 for the host.
+        """
 
     def end_call(self, description: bytes, rows: int, ground_truth_rows: int) -> bool:
         """Hand the call over with its msgpack description; False if it was discarded or failed (counted)."""
@@ -119,7 +122,16 @@ class Recorder:
 
 @final
 class CaptureHook:
-    """Forward hook of one column: copies the layer's output into the calling thread's call, if it has one."""
+    """Forward hook of one column: copies the layer's output into the calling thread's call, if it has one.
+
+    Does nothing inside of a backward, where activation checkpointing runs layers again.
+    """
+
+    # Set by tracer/compiled.py.
+    alias: str
+    number: int
+    picks: tuple[int | str, ...]
+    target: CaptureHook
 
     def __new__(
         cls, recorder: Recorder, column: int, prepare: Callable[[Any], Any], *, always_prepare: bool = False
@@ -130,6 +142,10 @@ class CaptureHook:
         """
 
     def __call__(self, module: Any, args: Any, output: Any = ...) -> None: ...
+    @classmethod
+    def extend(cls, attributes: dict[str, Any], /) -> None:
+        """Set attributes of the type and leave its slots: ``__call__`` as others see it, not as it runs."""
+
     def __copy__(self) -> Callable[..., None]: ...
     def __deepcopy__(self, memo: object, /) -> Callable[..., None]: ...
 

@@ -57,12 +57,17 @@ class TracerConfig:
             ``"warn"`` once, stop recording, count and keep training.
         capture_dtype: Cast floating layer outputs to ``"float16"`` or ``"bfloat16"`` before they are copied.
             Default None.
-        reduce: ``{alias: "mean" | "max" | "flatten" | callable}``, applied before the copy; the callable
-            takes the tensor (samples first) and returns one with as many samples. Default None.
+        reduce: ``{alias: "mean" | "max" | "flatten" | callable}``, applied before the copy. Default None.
+            ``"mean"`` and ``"max"`` pool every dimension behind dimension 1 (the channel); tokens (B, T, C)
+            need a callable. It takes the tensor (detached, samples first, to be left unchanged) and returns
+            one with as many samples; a sparse, nested, quantized or distributed tensor it gets as it is.
         repeat: A layer that runs several times in a forward: record its ``"last"`` run (default) or
             ``"all"``.
-        batch_dim: ``{alias: dimension}`` for outputs whose samples do not lie along dimension 0. Default
-            None.
+        batch_dim: ``{alias: dimension}`` for outputs whose samples do not lie along dimension 0, and for
+            ``"logits"``. Default None. Name every sequence-first layer here (``nn.LSTM`` and
+            ``nn.TransformerEncoder`` without ``batch_first``: 1). Without it a call whose sequences are as
+            long as the batch is large (T == B) cannot be told from a batch-first one: its time steps are
+            stored as samples, while every other call raises.
         every_n_calls: Record calls 1, n+1, 2n+1, ... of the tracer. Default 1.
         sample_fraction: Record this fraction of samples, in (0, 1], chosen by a hash of the id. Default 1.0.
             Ids in a GPU tensor are waited for.

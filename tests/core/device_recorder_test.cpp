@@ -32,12 +32,17 @@ class AddressSource final : public mld::ByteSource {
   const std::byte* address_;
 };
 
-bool capture_device(mld::Recorder& recorder, std::uint32_t column, const Tensor& tensor) {
+bool capture_device(mld::Recorder& recorder, std::uint32_t column, const Tensor& tensor,
+                    mld::WaitHooks& hooks) {
   AddressSource source(tensor.data());
-  mld::WaitHooks hooks;
   const auto length = static_cast<std::int64_t>(tensor.content.size());
   return recorder.capture_device(*recorder.current_call(), column, "uint8", &length, 1,
                                  tensor.content.size(), tensor.place, source, hooks);
+}
+
+bool capture_device(mld::Recorder& recorder, std::uint32_t column, const Tensor& tensor) {
+  mld::WaitHooks hooks;
+  return capture_device(recorder, column, tensor, hooks);
 }
 
 mld::DevicePlace new_place(int device = 0) { return {device, FAKE(fake_cuda_stream)(device, 1)}; }
@@ -88,6 +93,70 @@ TEST(device_tensor_larger_than_both_rings_passes_through_them) {
   CHECK_EQ(std::string(FAKE(fake_cuda_violations)()), "");
 }
 
+// What a capture costs in driver calls: the mode, the context and the question for a graph capture
+// once, then the five operations of each piece's copy.
+TEST(device_piece_costs_five_driver_calls) {
+  const Machine machine(3);
+  mld::RecorderOptions options = with_fake(std::size_t{8} << 20);
+  options.ring_bytes = std::size_t{4} << 20;
+  Trace trace(options);
+  const mld::DevicePlace places[] = {new_place(0), new_place(1)};
+  for (const mld::DevicePlace& place : places) record(trace, Tensor(place, "set-up"), "x");
+  // The second device's context is not the current one, and is pushed and popped.
+  const std::uint64_t around[] = {4, 6};
+  for (const std::uint64_t pieces : {1, 4}) {
+    for (int device = 0; device < 2; ++device) {
+      const std::size_t bytes = mld::Runtime::current()->max_piece_bytes() * (pieces - 1) + 1;
+      const Tensor tensor(places[device], pattern(pieces, bytes));
+      trace.recorder->begin_call(0, 1);
+      const std::uint64_t before = FAKE(fake_cuda_calls_of_thread)(nullptr);
+      CHECK(capture_device(*trace.recorder, 0, tensor));
+      CHECK_EQ(FAKE(fake_cuda_calls_of_thread)(nullptr) - before, around[device] + 5 * pieces);
+      CHECK(support::end_call(*trace.recorder, 1));
+    }
+  }
+  FAKE(fake_cuda_run_until_idle)();
+  support::flush(*trace.recorder);
+  CHECK_EQ(trace.counters().rows_committed, 6);
+  CHECK_EQ(std::string(FAKE(fake_cuda_violations)()), "");
+}
+
+// While a hook waits for room in the ring, code of the user's may run in its thread.
+TEST(device_capture_that_waits_gives_the_thread_back_and_asks_again) {
+  const Machine machine(12, FAKE_CUDA_WORKER);
+  Trace trace(with_fake());
+  const Tensor tensor(new_place(1), pattern(1, std::size_t{3} << 20));
+  FAKE(fake_cuda_hold_stream)(tensor.place.stream, 1);
+  struct Hooks final : mld::WaitHooks {
+    explicit Hooks(void* compute) : stream(compute) {}
+    void before_slice() override {
+      is_left = is_left && FAKE(fake_cuda_capture_mode_of_thread)() == fake_cuda::kGlobal &&
+                FAKE(fake_cuda_current_context_of_thread)() == context;
+      if (++slices != 2) return;
+      FAKE(fake_cuda_hold_stream)(stream, 0);
+      FAKE(fake_cuda_begin_capture)(stream);
+    }
+    void* const stream;
+    void* const context = FAKE(fake_cuda_current_context_of_thread)();
+    int slices = 0;
+    bool is_left = true;
+  } hooks(tensor.place.stream);
+  trace.recorder->begin_call(0, 1);
+  CHECK(support::kind_of([&] {
+          static_cast<void>(capture_device(*trace.recorder, 0, tensor, hooks));
+        }) == mld::ErrorKind::kStreamCapture);
+  CHECK(hooks.is_left);
+  CHECK(hooks.slices >= 2);
+  CHECK(support::kind_of([&] { support::end_call(*trace.recorder, 1); }) ==
+        mld::ErrorKind::kStreamCapture);
+  trace.recorder->abort_call();
+  void* graph = nullptr;
+  CHECK_EQ(FAKE(fake_cuda_end_capture)(tensor.place.stream, &graph), fake_cuda::kSuccess);
+  support::flush(*trace.recorder);
+  CHECK_EQ(trace.counters().rows_submitted, 0);
+  CHECK_EQ(std::string(FAKE(fake_cuda_violations)()), "");
+}
+
 TEST(device_capture_reads_back_once_it_has_arrived) {
   const Machine machine(4, FAKE_CUDA_WORKER);
   Trace trace(with_fake());
@@ -102,6 +171,9 @@ TEST(device_capture_reads_back_once_it_has_arrived) {
   });
   CHECK(support::read_back(*trace.recorder, 0) == tensor.content);
   later.join();
+  support::capture(*trace.recorder, 1, "x");
+  CHECK_EQ(trace.recorder->last_call()->captures.at(0).device, 0);
+  CHECK_EQ(trace.recorder->last_call()->captures.at(1).device, -1);
   CHECK(support::end_call(*trace.recorder, 1));
 }
 
@@ -182,22 +254,41 @@ TEST(lost_device_fails_its_calls_and_leaves_the_rest_alone) {
   CHECK(!support::end_call(*trace.recorder, 1));
   CHECK_EQ(trace.counters().rows_failed, 2);
   support::flush(*trace.recorder);
-  CHECK_EQ(support::read_partition(trace.directory / "epoch-0").calls.size(), 2);
+  CHECK(support::is_conserved(trace.counters()));
   CHECK_EQ(mld::Runtime::current()->stager().report().errors, 1);
   CHECK_EQ(mld::Runtime::current()->stager().report().last_error, "CUDA_ERROR_ILLEGAL_ADDRESS");
+  CHECK(support::close(*trace.recorder));
+  // Whoever opens the store sees what is missing and why: call 1 was in the ring, call 3 never was.
+  const auto stored = support::read_partition(trace.directory / "epoch-0");
+  CHECK_EQ(stored.calls.size(), 2);
+  REQUIRE(stored.gaps.size() == 2);
+  for (std::size_t i = 0; i < 2; ++i) {
+    CHECK_EQ(stored.gaps[i].first_call, 1 + 2 * i);
+    CHECK_EQ(stored.gaps[i].last_call, 1 + 2 * i);
+    CHECK_EQ(stored.gaps[i].rows, 1);
+    CHECK_EQ(stored.gaps[i].bytes, tensor.content.size());
+    CHECK_EQ(stored.gaps[i].cause, "device_error");
+  }
+  CHECK_EQ(stored.meta_discarded_rows, 2);
 }
 
 TEST(call_whose_later_piece_cannot_be_staged_fails_as_a_whole) {
   const Machine machine(9, FAKE_CUDA_WORKER);
   Trace trace(with_fake());
-  const Tensor tensor(new_place(), pattern(1, std::size_t{1} << 20));  // several pieces
+  const Tensor tensor(new_place(1), pattern(1, std::size_t{1} << 20));  // several pieces
   FAKE(fake_cuda_fail)("cuEventRecord", 3, fake_cuda::kNotPermitted, 0);
   trace.recorder->begin_call(0, 1);
   CHECK(capture_device(*trace.recorder, 0, tensor));
   CHECK(!support::end_call(*trace.recorder, 1));
   trace.recorder->begin_call(0, 1);
   CHECK(!capture_device(*trace.recorder, 0, tensor));  // closed: the caller copies synchronously
-  support::capture(*trace.recorder, 0, "by the host");
+  AddressSource copy(reinterpret_cast<const std::byte*>(tensor.content.data()));
+  mld::WaitHooks hooks;
+  const std::int64_t length = 5;
+  trace.recorder->capture(*trace.recorder->current_call(), 0, "uint8", &length, 1, 5, copy, hooks,
+                          tensor.place.device);
+  // Where the tensor lay is remembered whichever way its bytes came.
+  CHECK_EQ(trace.recorder->last_call()->captures.at(0).device, tensor.place.device);
   CHECK(support::end_call(*trace.recorder, 1));
   support::flush(*trace.recorder);
   CHECK_EQ(trace.counters().rows_failed, 1);
@@ -205,6 +296,10 @@ TEST(call_whose_later_piece_cannot_be_staged_fails_as_a_whole) {
   check_law(trace);
   const auto stored = support::read_partition(trace.directory / "epoch-0");
   CHECK_EQ(stored.calls.size(), 1);
+  REQUIRE(stored.gaps.size() == 1);
+  CHECK_EQ(stored.gaps[0].first_call, 0);
+  CHECK_EQ(stored.gaps[0].rows, 1);
+  CHECK_EQ(stored.gaps[0].cause, "device_error");
   CHECK_EQ(std::string(FAKE(fake_cuda_violations)()), "");
 }
 
@@ -215,6 +310,9 @@ TEST(call_on_a_captured_stream_raises_and_leaves_nothing) {
   FAKE(fake_cuda_begin_capture)(tensor.place.stream);
   trace.recorder->begin_call(0, 1);
   CHECK(support::kind_of([&] { static_cast<void>(capture_device(*trace.recorder, 0, tensor)); }) ==
+        mld::ErrorKind::kStreamCapture);
+  // A forward that swallows it does not get a call without that capture stored.
+  CHECK(support::kind_of([&] { support::end_call(*trace.recorder, 1); }) ==
         mld::ErrorKind::kStreamCapture);
   trace.recorder->abort_call();
   void* graph = nullptr;

@@ -14,6 +14,8 @@ using support::Random;
 
 constexpr std::size_t kRingBytes = std::size_t{16} << 10;
 
+bool has_memory_operations = true;
+
 std::string random_bytes(Random& random, std::size_t bytes) {
   std::string text(bytes, '\0');
   for (char& byte : text) byte = static_cast<char>(random.next());
@@ -54,9 +56,12 @@ Findings train_with(std::uint64_t seed, std::size_t device_ring_bytes, std::size
 
 }  // namespace
 
+void set_memory_operations(bool supported) { has_memory_operations = supported; }
+
 Machine::Machine(std::uint64_t seed, int mode, int devices) {
   FAKE(fake_cuda_reset)(seed, devices, mode);
   FAKE(fake_cuda_set_memory_limit)(kMemoryBytes);
+  FAKE(fake_cuda_set_memory_operations)(has_memory_operations ? 1 : 0);
   for (int device = devices - 1; device >= 0; --device) FAKE(fake_cuda_enter_device)(device);
 }
 
@@ -72,15 +77,18 @@ StageResult Rig::stage(const Tensor& tensor) {
   if (used_ > arena_.bytes()) std::abort();
   std::uint64_t sequence = 0;
   FAKE(fake_cuda_callee_begin)();
-  StageResult result = stager_->open(tensor.place);
-  if (result == StageResult::kStaged)
-    result = stager_->stage(tensor.place, tensor.data(), to, tensor.content.size(), &sequence);
+  StageResult result = StageResult::kUnavailable;
+  {
+    mld::StageSession session(*stager_, tensor.place);
+    result = session.enter();
+    if (result == StageResult::kStaged)
+      result = session.stage(tensor.data(), to, tensor.content.size(), &sequence);
+  }
   FAKE(fake_cuda_callee_end)();
   if (result == StageResult::kStaged)
     flights_.push_back({tensor.place.device, sequence, to, tensor.content});
-  // A slot that was not published is somebody else's at once; a lost context touches nothing more.
-  else if (result != StageResult::kLost &&
-           FAKE(fake_cuda_host_write)(to, tensor.content.size()) == 0)
+  // A slot that was not published is somebody else's at once.
+  else if (FAKE(fake_cuda_host_write)(to, tensor.content.size()) == 0)
     say("a slot was given up while the device writes to it");
   return result;
 }
@@ -166,9 +174,7 @@ Findings capture_here(std::uint64_t seed) {
 Findings fail_call(std::uint64_t seed, const char* function, std::uint64_t nth, int code,
                    bool sticky) {
   Random random(seed);
-  // Of two devices the fake would take copies of the lost one, into memory that the other has
-  // registered, as still under way.
-  const int devices = sticky ? 1 : 2;
+  const int devices = 2;
   const Machine machine(seed, FAKE_CUDA_INTERLEAVED, devices);
   Rig rig(kRingBytes);
   rig.allow_host_wait();
@@ -192,6 +198,7 @@ const std::vector<const char*>& driver_functions() {
                                                "cuEventRecord",
                                                "cuMemGetInfo_v2",
                                                "cuMemAlloc_v2",
+                                               "cuMemsetD32Async",
                                                "cuMemHostAlloc",
                                                "cuMemHostRegister_v2",
                                                "cuMemHostGetDevicePointer_v2",

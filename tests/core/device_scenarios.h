@@ -22,6 +22,10 @@ struct Findings {
   [[nodiscard]] bool none() const { return wrong.empty() && broken.empty(); }
 };
 
+// How machines complete copies from now on: with stream memory operations (as after the start), or
+// without.
+void set_memory_operations(bool supported);
+
 // A machine with GPUs, as torch leaves it to us: initialised, every context made, device 0 current.
 class Machine {
  public:
@@ -59,7 +63,7 @@ inline mld::DeviceOptions options(std::size_t ring_bytes) {
 class Rig {
  public:
   explicit Rig(std::size_t device_ring_bytes);
-  // As a hook: open, stage; the tensor may be changed afterwards.
+  // As a hook: enter a session, stage; the tensor may be changed afterwards.
   mld::StageResult stage(const Tensor& tensor);
   // Compares what has arrived; false when something has not.
   bool check_arrived();

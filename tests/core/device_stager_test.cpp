@@ -20,6 +20,11 @@ void check_sound(const Findings& findings) {
   CHECK_EQ(findings.broken, "");
 }
 
+struct WithoutMemoryOperations {
+  WithoutMemoryOperations() { set_memory_operations(false); }
+  ~WithoutMemoryOperations() { set_memory_operations(true); }
+};
+
 constexpr std::uint64_t kSeeds = kUnderTsan || kUnderAsan ? 100 : 500;
 
 }  // namespace
@@ -65,8 +70,28 @@ TEST(device_legacy_stream_beside_a_capture_on_a_blocking_stream_counts_as_captur
   check_sound(rig.finish());
 }
 
+TEST(device_copies_arrive_where_streams_have_no_memory_operations) {
+  const WithoutMemoryOperations limited;
+  for (std::uint64_t seed = 1; seed <= kSeeds / 2; ++seed) {
+    const Findings findings = train(seed);
+    check_sound(findings);
+    CHECK_EQ(findings.report.copies, 24);
+    CHECK_EQ(findings.report.errors, 0);
+    check_sound(train_without_device_ring(seed));
+    if (seed <= 20) check_sound(capture_elsewhere(seed)), check_sound(capture_here(seed));
+  }
+  // Asked once a device, at its set-up.
+  const Machine machine(1);
+  Rig rig(std::size_t{1} << 20);
+  const Tensor tensor({0, FAKE(fake_cuda_stream)(0, 1)}, "1234");
+  for (int i = 0; i < 3; ++i) CHECK(rig.stage(tensor) == StageResult::kStaged);
+  CHECK_EQ(FAKE(fake_cuda_calls)("cuStreamWriteValue32_v2"), 1);
+  CHECK_EQ(FAKE(fake_cuda_calls)("cuMemsetD32Async"), 4);
+  check_sound(rig.finish());
+}
+
 // Whatever fails, and when: no wrong byte, no slot given up under a copy, nothing left behind.
-TEST(device_path_ends_in_order_whichever_call_fails) {
+void fail_each_call() {
   std::uint64_t errors = 0;
   for (const char* function : driver_functions()) {
     for (std::uint64_t nth = 1; nth <= 12; nth = nth < 4 ? nth + 1 : nth + 4) {
@@ -84,6 +109,13 @@ TEST(device_path_ends_in_order_whichever_call_fails) {
     }
   }
   CHECK(errors > 100);
+}
+
+TEST(device_path_ends_in_order_whichever_call_fails) { fail_each_call(); }
+
+TEST(device_path_without_memory_operations_ends_in_order_whichever_call_fails) {
+  const WithoutMemoryOperations limited;
+  fail_each_call();
 }
 
 TEST(device_ring_shrinks_until_the_device_has_room) {
@@ -113,7 +145,7 @@ TEST(device_copies_arrive_without_pinned_memory) {
   FAKE(fake_cuda_fail)("cuMemHostRegister_v2", 1, fake_cuda::kOutOfMemory, 0);
   Rig rig(std::size_t{1} << 20);
   const Tensor tensor({0, FAKE(fake_cuda_stream)(0, 1)}, support::pattern(1, 5000));
-  CHECK(rig.stager().open(tensor.place) == StageResult::kStaged);
+  CHECK(mld::StageSession(rig.stager(), tensor.place).enter() == StageResult::kStaged);
   CHECK(!rig.stager().report().pinned);
   const auto notice = rig.stager().take_notice();
   CHECK(notice && notice->find("CUDA_ERROR_OUT_OF_MEMORY") != std::string::npos);
@@ -126,10 +158,10 @@ TEST(device_copies_arrive_without_pinned_memory) {
 TEST(device_stager_without_a_driver_is_unavailable_and_says_so_once) {
   mld::Arena arena(65536);
   mld::DeviceStager stager(arena.data(), arena.bytes(), {"/nowhere/libcuda.so.1", 4096});
-  CHECK(stager.open({0, nullptr}) == StageResult::kUnavailable);
-  CHECK(stager.open({0, nullptr}) == StageResult::kUnavailable);
-  CHECK(stager.open({-1, nullptr}) == StageResult::kUnavailable);
-  CHECK(stager.open({mld::DeviceStager::kMaxDevices, nullptr}) == StageResult::kUnavailable);
+  for (const int device : {0, 0, -1, mld::DeviceStager::kMaxDevices}) {
+    mld::StageSession session(stager, {device, nullptr});
+    CHECK(session.enter() == StageResult::kUnavailable);
+  }
   CHECK(stager.take_notice().has_value());
   CHECK(!stager.take_notice());
   CHECK(stager.shut_down(std::chrono::seconds(0)));
@@ -142,12 +174,9 @@ TEST(device_stager_of_a_forked_child_calls_no_driver) {
   const Tensor tensor({0, nullptr}, "1234");
   CHECK(rig.stage(tensor) == StageResult::kStaged);
   const int status = support::in_child([&] {
-    std::uint64_t sequence = 0;
-    if (rig.stager().open(tensor.place) != StageResult::kUnavailable) return 1;
-    if (rig.stager().stage(tensor.place, tensor.data(), nullptr, 4, &sequence) !=
-        StageResult::kUnavailable)
-      return 2;
-    return rig.stager().shut_down(std::chrono::seconds(0)) ? 3 : 0;
+    mld::StageSession session(rig.stager(), tensor.place);
+    if (session.enter() != StageResult::kUnavailable) return 1;
+    return rig.stager().shut_down(std::chrono::seconds(0)) ? 2 : 0;
   });
   CHECK_EQ(status, 0);
   CHECK_EQ(FAKE(fake_cuda_child_calls)(), 0);

@@ -292,6 +292,25 @@ TEST(fake_cuda_breaks_one_device_and_not_another) {
   CHECK_EQ(overwrite(m, m.compute, 1), kIllegalAddress);  // its stream is still the broken one's
 }
 
+TEST(fake_cuda_a_broken_context_writes_nothing_more_wherever_its_memory_came_from) {
+  for (const int broken : {0, 1}) {  // device 0 pins the memory; each device copies into it
+    Machine m(1, FAKE_CUDA_STEPPED, 2);
+    Pinned pinned;
+    CHECK_EQ(CUDA(cuMemcpyDtoHAsync_v2)(pinned.bytes, m.tensor, 8, m.compute), kSuccess);
+    FAKE(fake_cuda_enter_device)(1);
+    const auto other = static_cast<CUstream>(FAKE(fake_cuda_stream)(1, 1));
+    const CUdeviceptr tensor = FAKE(fake_cuda_tensor)(1, m.content.data(), kBytes);
+    CHECK_EQ(CUDA(cuMemcpyDtoHAsync_v2)(pinned.bytes + 32, tensor, 8, other), kSuccess);
+    FAKE(fake_cuda_break_context)(broken, kLaunchFailed);
+    CHECK_EQ(FAKE(fake_cuda_host_write)(pinned.bytes, 8), broken == 0);
+    CHECK_EQ(FAKE(fake_cuda_host_write)(pinned.bytes + 32, 8), broken == 1);
+    // One copy is still to come, so the memory must not go.
+    FAKE(fake_cuda_enter_device)(1 - broken);
+    CHECK_EQ(CUDA(cuMemHostUnregister)(pinned.bytes), kSuccess);
+    CHECK_EQ(FAKE(fake_cuda_violation_count)("host-release-pending"), 1);
+  }
+}
+
 TEST(fake_cuda_fails_the_call_that_the_test_names) {
   Machine m;
   FAKE(fake_cuda_fail)("cuMemHostRegister_v2", 2, kNotPermitted, 0);

@@ -290,7 +290,7 @@ std::uint64_t Bench::put(const mld::RecordHeader& fields, std::string_view paylo
   mld::RecordHeader header = fields;
   header.payload_bytes = payload.size();
   Ring::Slot slot;
-  REQUIRE(ring_.try_reserve(sizeof header + payload.size(), &slot));
+  REQUIRE(ring_.try_reserve(mld::chunk_slot_bytes(payload.size()), &slot));
   std::memcpy(slot.data, &header, sizeof header);
   std::memcpy(slot.data + sizeof header, payload.data(), payload.size());
   ring_.publish(slot);

@@ -80,6 +80,28 @@ Operation copy(const char* name, CopyKind kind, const Place& to, const Place& fr
   return operation;
 }
 
+// "dstDevice must be aligned" to the unit (cuMemsetD32Async, Driver API, Memory Management).
+template <class Unit>
+CUresult set_memory(Call& call, const char* name, CUdeviceptr to, Unit value, std::size_t count,
+                    CUstream stream) {
+  Stream* const queue = call.driver.stream(stream, call.context);
+  if (queue == nullptr) return kInvalidHandle;
+  const std::size_t bytes = count * sizeof(Unit);
+  const auto target = device_place(call, to, bytes, name);
+  if (!target || to % sizeof(Unit) != 0) return kInvalidValue;
+  Operation operation;
+  operation.name = name;
+  operation.accesses = {{target->range, true}};
+  operation.effect = [=, place = *target] {
+    std::byte* const memory = place.at_execution(name);
+    if (memory == nullptr) return;
+    for (std::size_t i = 0; i < count; ++i)
+      std::memcpy(memory + i * sizeof(Unit), &value, sizeof(Unit));
+    driver().copied_bytes[static_cast<std::size_t>(CopyKind::kSet)] += bytes;
+  };
+  return call.driver.submit(*queue, std::move(operation), true);
+}
+
 }  // namespace
 
 FAKE_CUDA_EXPORT CUresult cuMemAlloc_v2(CUdeviceptr* address, std::size_t bytes) {
@@ -260,20 +282,15 @@ FAKE_CUDA_EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, s
                                           CUstream stream) {
   constexpr const char* kName = "cuMemsetD8Async";
   return run_call(kName, kContext, [&](Call& call) -> CUresult {
-    Stream* const queue = call.driver.stream(stream, call.context);
-    if (queue == nullptr) return kInvalidHandle;
-    const auto target = device_place(call, to, bytes, kName);
-    if (!target) return kInvalidValue;
-    Operation operation;
-    operation.name = kName;
-    operation.accesses = {{target->range, true}};
-    operation.effect = [=, place = *target] {
-      std::byte* const memory = place.at_execution(kName);
-      if (memory == nullptr) return;
-      std::fill_n(memory, bytes, std::byte{value});
-      driver().copied_bytes[static_cast<std::size_t>(CopyKind::kSet)] += bytes;
-    };
-    return call.driver.submit(*queue, std::move(operation), true);
+    return set_memory<unsigned char>(call, kName, to, value, bytes, stream);
+  });
+}
+
+FAKE_CUDA_EXPORT CUresult cuMemsetD32Async(CUdeviceptr to, unsigned value, std::size_t count,
+                                           CUstream stream) {
+  constexpr const char* kName = "cuMemsetD32Async";
+  return run_call(kName, kContext, [&](Call& call) -> CUresult {
+    return set_memory<std::uint32_t>(call, kName, to, value, count, stream);
   });
 }
 
@@ -282,6 +299,7 @@ FAKE_CUDA_EXPORT CUresult cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr t
                                                   std::uint32_t value, unsigned flags) {
   constexpr const char* kName = "cuStreamWriteValue32_v2";
   return run_call(kName, kContext, [&](Call& call) -> CUresult {
+    if (!call.driver.has_memory_operations) return kNotSupported;
     Stream* const queue = call.driver.stream(stream, call.context);
     if (queue == nullptr) return kInvalidHandle;
     const auto target = device_place(call, to, sizeof value, kName);

@@ -109,6 +109,7 @@ const Symbol kSymbols[] = {
     symbol("cuMemcpyHtoDAsync", 2000, cuMemcpyHtoDAsync),
     symbol("cuMemcpyHtoDAsync", 3020, cuMemcpyHtoDAsync_v2),
     symbol("cuMemsetD8Async", 3020, cuMemsetD8Async),
+    symbol("cuMemsetD32Async", 3020, cuMemsetD32Async),
     symbol("cuStreamWriteValue32", 8000, cuStreamWriteValue32),
     symbol("cuStreamWriteValue32", 11070, cuStreamWriteValue32_v2),
     symbol("cuLaunchHostFunc", 10000, cuLaunchHostFunc),

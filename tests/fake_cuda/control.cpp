@@ -49,8 +49,11 @@ const char* keep(std::string text) {
 }
 
 std::uint64_t count_of(const std::map<std::string_view, std::uint64_t>& calls, const char* name) {
-  const auto found = calls.find(name);
-  return found == calls.end() ? 0 : found->second;
+  std::uint64_t count = 0;
+  for (const auto& [called, times] : calls) {
+    if (name == nullptr || called == name) count += times;
+  }
+  return count;
 }
 
 }  // namespace
@@ -67,6 +70,11 @@ FAKE_CUDA_EXPORT void fake_cuda_set_initialised(int initialised) {
 FAKE_CUDA_EXPORT void fake_cuda_shut_down() {
   const Lock lock(driver().mutex);
   driver().shut_down = true;
+}
+
+FAKE_CUDA_EXPORT void fake_cuda_set_memory_operations(int supported) {
+  const Lock lock(driver().mutex);
+  driver().has_memory_operations = supported != 0;
 }
 
 FAKE_CUDA_EXPORT void fake_cuda_set_device_count(int devices) {

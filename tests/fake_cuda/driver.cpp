@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 
 namespace fake_cuda {
 namespace {
@@ -52,6 +53,7 @@ void Driver::reset(std::uint64_t seed, int devices, Mode mode) {
   ++generation;
   initialised = true;
   shut_down = false;
+  has_memory_operations = true;
   memory.clear();
   accesses.clear();
   log.clear();
@@ -219,14 +221,19 @@ CUresult Driver::wait(Stream& stream, Event& event, bool by_api) {
 }
 
 std::optional<RecordedAccess> Driver::pending(const Range& range, bool reads_conflict) {
-  return accesses.conflict(range, reads_conflict, scheduler.host());
+  // A broken context touches nothing more: of its streams nothing is left to come.
+  VectorClock ended = scheduler.host();
+  for (const auto& stream : scheduler.streams()) {
+    if (stream->context->error != kSuccess)
+      ended.set(stream->actor, std::numeric_limits<std::uint64_t>::max());
+  }
+  return accesses.conflict(range, reads_conflict, ended);
 }
 
 void Driver::release(Allocation& allocation, const char* name) {
   const bool is_device = allocation.kind == MemoryKind::kDevice;
   const Range range = is_device ? allocation.device : allocation.host_range();
-  const auto other = pending(range, true);
-  if (other && allocation.context->error == kSuccess) {  // a broken context touches nothing more
+  if (const auto other = pending(range, true)) {
     report(is_device ? Rule::kFreeWhilePending : Rule::kHostReleasePending,
            std::string(name) + " while " + other->operation + " may still use it");
   }

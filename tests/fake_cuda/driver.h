@@ -127,6 +127,7 @@ class Driver {
   std::uint64_t generation = 0;
   bool initialised = true;
   bool shut_down = false;
+  bool has_memory_operations = true;  // of streams
   Scheduler scheduler{mutex};
   Memory memory;
   AccessLog accesses;

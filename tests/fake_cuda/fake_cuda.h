@@ -49,6 +49,10 @@ void fake_cuda_reset(uint64_t seed, int devices, int mode);
 void fake_cuda_set_initialised(int initialised);
 void fake_cuda_shut_down(void);  // as in static destructors: every call answers DEINITIALIZED
 void fake_cuda_set_device_count(int devices);  // adds devices
+// Whether streams have memory operations (1, after a reset); without, cuStreamWriteValue32_v2
+// answers NOT_SUPPORTED. The manual (Driver API 11.8, Stream Memory Operations) says that the `_v2`
+// are available on all platforms, where version 1 is off by default; 0 is a driver that disagrees.
+void fake_cuda_set_memory_operations(int supported);
 
 // Execution. step returns how many operations ran; run_until_idle ends when none can run any more.
 size_t fake_cuda_step(size_t operations);
@@ -111,7 +115,8 @@ const char* fake_cuda_rule(size_t index, int* is_warning);  // ids in order; NUL
 void fake_cuda_check_leaks(void);      // reports what the program under test has not given back
 uint64_t fake_cuda_child_calls(void);  // driver calls made by forked children since the reset
 
-// Counters since the reset. Calls by the name of the symbol ("cuMemFree_v2"), refused ones too.
+// Counters since the reset. Calls by the name of the symbol ("cuMemFree_v2"; NULL: of all),
+// refused ones too.
 uint64_t fake_cuda_calls(const char* name);
 uint64_t fake_cuda_calls_of_thread(const char* name);
 uint64_t fake_cuda_copied_bytes(int kind);

@@ -70,6 +70,16 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For tests that compile: inductor writes into a directory of this session, and starts no processes."""
+    import torch._inductor.config
+
+    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(compile_threads=1):
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
     """Tests share the machine, and the order of sums does not depend on its number of cores."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from typing import Any
 
 import pytest
@@ -286,12 +288,166 @@ def test_watching_does_not_touch_the_inside_of_encoder_layers() -> None:
             assert not any(inner._forward_hooks or inner._forward_pre_hooks for inner in layer.modules())
 
 
-def test_only_the_last_inputs_are_kept_while_watching() -> None:
+def test_only_the_last_inputs_are_kept_while_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ml_debugger.tracer.head._KEPT_BYTES", 0)
     layers = [nn.Linear(4, 4) for _ in range(30)]
     model = nn.Sequential(*layers, nn.Linear(4, CLASSES))
     state = CallState()
     state.batch_size = BATCH
     search = HeadSearch(model, state)
     with search.watching():
+        output = model(torch.randn(BATCH, 4))
+        assert sum(run.input is not None for run in search._runs) <= 8
+    assert search.find(output).path == "30"
+    assert not search._runs
+
+
+def test_containers_share_one_copy_of_what_they_hand_on() -> None:
+    seen = []
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, CLASSES))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.extend(run.input for run in search._runs)
+            return x @ self.weight
+
+    model = nn.Sequential(nn.Sequential(nn.Sequential(First())))
+    state = CallState()
+    state.batch_size = BATCH
+    search = HeadSearch(model, state)
+    with search.watching():
+        output = model(torch.randn(BATCH, 4))
+    assert len(seen) == 4
+    assert len({id(copy) for copy in seen}) == 1
+    assert search.find(output).path == "0.0.0"
+
+
+def test_encoder_layers_keep_their_fused_path_while_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = torch._transformer_encoder_layer_fwd
+    calls = []
+    monkeypatch.setattr(
+        torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(len(args)) or fused(*args)
+    )
+    model = ViTLike().eval()
+    given = images()
+    with torch.no_grad():
+        expected = model(given)
+        assert len(calls) == 2
+        head, output = find_head(model, given)
+    assert len(calls) == 4
+    assert torch.equal(output, expected)
+    assert head.path == "head"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_patched_forward_of_an_encoder_layer_is_put_back() -> None:
+    model = ViTLike()
+    patched = model.encoder.forward
+    model.encoder.forward = patched
+    find_head(model, images())
+    assert vars(model.encoder)["forward"] is patched
+
+
+def test_other_modes_of_the_user_see_the_same_functions() -> None:
+    class Counting(torch.overrides.TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    model, given = ResNetLike(), images()
+    with Counting() as plain:
+        model(given)
+    with Counting() as watched:
+        head, _ = find_head(model, given)
+    assert head.path == "fc"
+    assert [name for name in watched.names if name in plain.names][-3:] == plain.names[-3:]
+
+
+def test_module_that_fails_inside_and_is_caught_does_not_confuse() -> None:
+    class Caught(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bad = nn.Sequential(nn.Linear(5, 5))
+            self.fc = nn.Linear(4, CLASSES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with contextlib.suppress(RuntimeError):
+                self.bad(x)
+            return self.fc(x)
+
+    assert find_head(Caught(), torch.randn(BATCH, 4))[0].path == "fc"
+
+
+def test_lazy_modules_are_found_in_the_call_that_makes_their_parameters() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(CLASSES))
+    assert find_head(model, torch.randn(BATCH, 4))[0].path == "2"
+
+
+def test_head_whose_kernel_is_out_of_sight_is_found() -> None:
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, CLASSES))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made = x.detach().numpy() @ self.weight.detach().numpy()
+            if self.returns:
+                return torch.from_numpy(made)
+            output = torch.empty(made.shape)
+            output.numpy()[:] = made
+            return output
+
+    for returns in (True, False):
+        model = nn.Sequential(nn.Linear(4, 8), Foreign())
+        model[1].returns = returns
+        assert find_head(model, torch.randn(BATCH, 4))[0].path == "1"
+    behind = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, CLASSES), _Numpy())
+    assert find_head(behind, torch.randn(BATCH, 4))[0].path == "1"
+
+
+class _Numpy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(x.detach().numpy() * 2)
+
+
+def test_parameters_put_in_place_of_others_are_seen() -> None:
+    """As sharded models do it: the weights that a module computes with come just before it runs."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, CLASSES, bias=False))
+
+    def out_of_sight(weight: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(weight.detach().numpy().copy())
+
+    def as_parameter(module: nn.Module, args: Any) -> None:
+        module.weight = nn.Parameter(out_of_sight(module.weight))
+
+    def as_plain_tensor(module: nn.Module, args: Any) -> None:
+        module.weight = out_of_sight(module._parameters.pop("weight"))
+
+    for hook in (as_parameter, as_plain_tensor):
+        given = copy.deepcopy(model)
+        given[1].register_forward_pre_hook(hook)
+        assert find_head(given, torch.randn(BATCH, 4))[0].path == "1"
+
+
+def test_encoder_layer_that_ends_a_model_is_no_head() -> None:
+    layer = nn.TransformerEncoderLayer(CLASSES, 1, 8, batch_first=True)
+    with pytest.raises(LayerNotFoundError, match=r"'1' makes.*target_layers"):
+        find_head(nn.Sequential(nn.Linear(4, CLASSES), layer), torch.randn(BATCH, 3, 4))
+
+
+def test_tensors_of_a_failed_forward_are_not_kept() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(3, CLASSES))
+    state = CallState()
+    state.batch_size = BATCH
+    search = HeadSearch(model, state)
+    with pytest.raises(RuntimeError), search.watching():
         model(torch.randn(BATCH, 4))
-    assert sum(run.input is not None for run in search._runs) <= 8
+    assert search._flow is None
+    assert not search._runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -11,6 +12,15 @@ from ml_debugger.tracer.description import CapturedColumn
 from ml_debugger.tracer.fields import Field, FieldValue
 from ml_debugger.tracer.inputs import Ids
 from ml_debugger.tracer.outputs import CallState
+
+_PARAMETERS = ("model_input", "ground_truth", "input_ids", "dataset_type", "n_epoch")
+# What the call's parameters are called elsewhere, where the spelling does not tell.
+_SYNONYMS = {
+    **dict.fromkeys(("label", "labels", "target", "targets", "y"), "ground_truth"),
+    **dict.fromkeys(("split", "phase", "subset", "stage"), "dataset_type"),
+    **dict.fromkeys(("id", "ids", "sample_ids", "indices", "index"), "input_ids"),
+    **dict.fromkeys(("x", "input", "inputs"), "model_input"),
+}
 
 
 class ThreadState(CallState):
@@ -104,12 +114,19 @@ def check_keywords(known: frozenset[str], keywords: dict[str, Any]) -> None:
     """Refuse keywords that no field takes.
 
     Raises:
-        InvalidInputError: Names them and the fields that there are.
+        InvalidInputError: Names them, the fields that there are, and what was probably meant.
     """
     unknown = [name for name in keywords if name not in known]
     if unknown:
         raise InvalidInputError(
             f"unknown keyword {', '.join(map(repr, unknown))} in the call; additional fields are "
             f"{', '.join(map(repr, sorted(known))) or 'none'}",
-            "declare it in additional_fields or additional_label_fields",
+            _meant(unknown[0], known) + "declare it in additional_fields or additional_label_fields",
         )
+
+
+def _meant(keyword: str, known: frozenset[str]) -> str:
+    """The start of a hint: what a misspelt keyword of the call probably stands for."""
+    close = difflib.get_close_matches(keyword, [*_PARAMETERS, *sorted(known)], n=1)
+    name = close[0] if close else _SYNONYMS.get(keyword.lower())
+    return f"did you mean {name!r}? Otherwise " if name else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
@@ -15,19 +15,21 @@ GROUND_TRUTH_TABLE = "ground_truth"
 
 _CACHED_DESCRIPTIONS = 256
 _MISSED_HINT = (
-    "trace only modules that every forward runs through their __call__ (not .forward(), a fused path, a "
-    "replica in another thread, or code compiled before the tracer was made)"
+    "trace only modules that every forward runs through their __call__ in the calling thread (not skipped by "
+    "a branch, not run as .forward(), in a fused path, in another thread, inside of TorchScript, in code "
+    "compiled ahead of time, or in a backward)"
 )
 
-Capture = tuple[int, str, tuple[int, ...]]
+Capture = tuple[int, str, tuple[int, ...], int]
 
 
 class CapturedColumn(NamedTuple):
-    """Where the last call's values of a column are: capture number, dtype name, shape."""
+    """Where the last call's values of a column are: capture number, dtype name, shape, CUDA device or -1."""
 
     capture: int
     dtype: str
     shape: tuple[int, ...]
+    device: int
 
 
 class CallDescription(NamedTuple):
@@ -46,15 +48,23 @@ class Columns:
         label_fields: Additional columns of ``ground_truth``.
         keep_all_runs: A layer that runs several times fills ``alias``, ``alias.1``, ...; else its last run
             counts.
+        obstacles: What is known to keep a layer from running, by alias.
     """
 
     def __init__(
-        self, aliases: Sequence[str], fields: list[Field], label_fields: list[Field], *, keep_all_runs: bool
+        self,
+        aliases: Sequence[str],
+        fields: list[Field],
+        label_fields: list[Field],
+        *,
+        keep_all_runs: bool,
+        obstacles: Mapping[str, str] | None = None,
     ) -> None:
         self._aliases = list(aliases)
         self._fields = fields
         self._label_fields = label_fields
         self._keep_all_runs = keep_all_runs
+        self._obstacles = obstacles or {}
         self.logits = len(self._aliases)
         self.label = self.logits + 1
         self.input_id = self.logits + 2
@@ -118,12 +128,12 @@ class Columns:
         captured = self.captured(captures)
         following = len(captures)
         columns: list[dict[str, Any]] = []
-        if all(column != self.input_id for column, _, _ in captures):
+        if all(column != self.input_id for column, _, _, _ in captures):
             columns.append(_column(FEATURE_TABLE, "input_id", "str", following))
             following += 1
-        for name, (number, dtype, shape) in captured.items():
+        for name, (number, dtype, shape, _) in captured.items():
             columns.append(_tensor(FEATURE_TABLE, name, number, dtype, shape))
-        for number, (column, dtype, shape) in enumerate(captures):
+        for number, (column, dtype, shape, _) in enumerate(captures):
             if column == self.logits:
                 columns.append(_tensor(FEATURE_TABLE, "logits", number, dtype, shape))
             elif column == self.label:
@@ -142,7 +152,10 @@ class Columns:
         for position, alias in enumerate(self._aliases):
             runs = sum(1 for capture in captures if capture[0] == position)
             if runs == 0:
-                raise AliasNotCapturedError(f"the layer {alias!r} did not run in this call", _MISSED_HINT)
+                raise AliasNotCapturedError(
+                    f"the layer {alias!r} did not run in this call",
+                    self._obstacles.get(alias) or _MISSED_HINT,
+                )
             if self._keep_all_runs and runs != self._runs.setdefault(alias, runs):
                 raise AliasNotCapturedError(
                     f"the layer {alias!r} ran {runs} times in this call and {self._runs[alias]} before; "

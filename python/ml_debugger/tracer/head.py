@@ -1,32 +1,38 @@
 """Finds the classification head by watching one forward, and keeps what it was given.
 
 Names tell little about a head, and the order of registration nothing. So the first traced call is watched:
-every module with parameters of its own notes its input, copied at that moment since in-place operations may
-follow, and its output. Then the head is the last, innermost one of them that makes the logits. Later calls
-pay nothing.
+hooks note which module runs and what it is given, copied at that moment since in-place operations may follow;
+`DataFlow` notes what each tensor is made by. The head is the last, innermost module that made the logits by
+its parameters: of several whose outputs flow into them, those with as many classes first, then the one that
+ran last (two heads that are averaged: the second). A module behind it that only rescales logits, such as a
+temperature or a norm, is none. Later calls pay nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from ml_debugger.errors import LayerNotFoundError
+from ml_debugger.tracer.data_flow import UNKNOWN, DataFlow, Run
+from ml_debugger.tracer.flat_parameters import original_parameters
 from ml_debugger.tracer.layers import strip_wrappers
-from ml_debugger.tracer.outputs import CallState, has_batch_size, iterate_tensors
+from ml_debugger.tracer.outputs import CallState, has_batch_size, iterate_tensors, without_modes
 
 _HINT = 'name the layer to record: target_layers={"features": "<module path>"}'
-# Inputs are copied, outputs kept alive: only of the last runs, so that the first step needs little more
-# memory.
-_WINDOW = 8
-_GRAPH_NODES = 4096
+# Inputs are copied: only those of the modules that ran last are kept, so that the first step needs little
+# more memory. Of at least so many modules, and of more while they are small.
+_KEPT_MODULES = 8
+_KEPT_BYTES = 64 << 20
+# They leave their fused path when somebody looks on, and the layer when there is a hook at it or inside.
+_FUSED = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention)
 
 
 @dataclass
@@ -46,23 +52,6 @@ class Head:
     inputs: list[torch.Tensor]
 
 
-@dataclass
-class _Run:
-    """One run of a module in the watched forward; `start` and `end` count events and nest as the runs do."""
-
-    path: str
-    module: torch.nn.Module
-    start: int
-    end: int = -1
-    by_keyword: bool = False
-    input: torch.Tensor | None = None
-    output: torch.Tensor | None = None
-    output_shape: tuple[int, ...] = ()
-
-    def holds(self, other: _Run) -> bool:
-        return self.start < other.start and other.end < self.end
-
-
 class HeadSearch:
     """Watches one forward.
 
@@ -72,88 +61,172 @@ class HeadSearch:
         batch_dim: Where the samples lie in the head's input.
 
     Raises:
-        LayerNotFoundError: The model has no module with parameters.
+        LayerNotFoundError: The model has no module with parameters, or is compiled under a torch before 2.6.
     """
 
     def __init__(self, model: torch.nn.Module, state: CallState, batch_dim: int = 0) -> None:
         self._state = state
         self._batch_dim = batch_dim
-        self._candidates = _modules_with_parameters(model)
-        if not self._candidates:
+        self._model = model
+        self._modules = _modules_to_watch(model)
+        if not self._modules:
             raise LayerNotFoundError(
-                "the model has no module with parameters, so no classification head", _HINT
+                "the model has no module with parameters that calls hooks (a scripted one does not), so no "
+                "classification head",
+                _HINT,
             )
-        self._runs: list[_Run] = []
-        self._clock = 0
+        if not hasattr(torch.compiler, "set_stance") and any(map(_is_compiled, model.modules())):
+            raise LayerNotFoundError(
+                f"torch {torch.__version__} cannot run a compiled model as it is written for once, so its "
+                "head is not found, expected torch 2.6 or newer",
+                _HINT,
+            )
         self._thread = 0
+        self._flow: DataFlow | None = None
+        self._forget()
 
-    @contextmanager
+    @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the forward that runs inside; hooks are gone afterwards."""
-        self._runs, self._clock, self._thread = [], 0, threading.get_ident()
-        handles: list[RemovableHandle] = []
+        """Watch the forward that runs inside, in this thread; hooks are gone afterwards.
+
+        A compiled model runs as it is written, for this once: compiled code calls no function that we see.
+        """
+        self._forget()
+        flow = self._flow = DataFlow(self._model)
+        self._thread = threading.get_ident()
         try:
-            for path, module in self._candidates:
-                watcher = _Watcher(self, path)
-                handles.append(module.register_forward_pre_hook(watcher.before, with_kwargs=True))
-                handles.append(module.register_forward_hook(watcher.after))
-            yield
+            with contextlib.ExitStack() as watches:
+                for path, module in self._modules:
+                    if isinstance(module, _FUSED):
+                        watches.enter_context(self._around_forward(path, module))
+                    else:
+                        self._hook(path, module, watches)
+                with _uncompiled(), flow:
+                    yield
         except BaseException:
-            self._runs = []  # a failed forward must not keep its tensors alive
+            self._forget()  # a failed forward must not keep its tensors alive
             raise
         finally:
             self._thread = 0
-            for handle in handles:
-                handle.remove()
+
+    def _hook(self, path: str, module: torch.nn.Module, watches: contextlib.ExitStack) -> None:
+        watcher = _Watcher(self, path)
+        before = module.register_forward_pre_hook(watcher.before, with_kwargs=True)
+        watches.callback(before.remove)
+        after = module.register_forward_hook(watcher.after, with_kwargs=True, always_call=True)
+        watches.callback(after.remove)
+
+    @contextlib.contextmanager
+    def _around_forward(self, path: str, module: torch.nn.Module) -> Iterator[None]:
+        """Watch a module as a whole, without hooks and without looking inside."""
+        forward, own = module.forward, vars(module).get("forward")
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            flow = self._flow
+            if flow is None or threading.get_ident() != self._thread:
+                return forward(*args, **kwargs)
+            self.begin_run(path, module, args, kwargs)
+            output = None
+            try:
+                with flow.looking_away():
+                    output = forward(*args, **kwargs)
+                return output
+            finally:
+                self.end_run(module, (args, kwargs), output, opaque=True)
+
+        module.forward = watched
+        try:
+            yield
+        finally:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
     def find(self, logits: torch.Tensor | None) -> Head:
         """Return the head that made ``logits`` in the watched forward, and forget everything else.
 
         Raises:
-            LayerNotFoundError: None of the modules did.
+            LayerNotFoundError: There is none, or it is given no tensor with the batch size.
         """
-        runs, self._runs = [run for run in self._runs if run.end >= 0], []
-        chosen = None if logits is None else _choose(runs, logits)
-        if chosen is None:
-            raise LayerNotFoundError("no module with parameters makes the logits of this model", _HINT)
-        same = [run for run in runs if run.module is chosen.module and run.input is not None]
-        if not same:
-            raise LayerNotFoundError(
-                f"the head {chosen.path!r} has no tensor with the batch size as input", _HINT
-            )
-        inputs = [run.input for run in same if run.input is not None]
-        return Head(chosen.path, chosen.module, chosen.by_keyword, inputs)
+        runs = self._runs
+        makers = frozenset() if logits is None or self._flow is None else self._flow.makers(logits)
+        self._forget()
+        candidates = [] if logits is None else _candidates(makers, runs, logits)
+        for chosen in candidates:
+            inputs = [run.input for run in runs if run.module is chosen.module and run.input is not None]
+            if inputs and chosen.module is not None and not chosen.made_inside:
+                return Head(chosen.path, chosen.module, chosen.by_keyword, inputs)
+        raise _not_found(candidates, self._state.batch_size, self._batch_dim)
 
     def begin_run(self, path: str, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module is called."""
-        if threading.get_ident() != self._thread:
+        flow = self._flow
+        if flow is None or threading.get_ident() != self._thread:
             return
-        run = _Run(path, module, self._tick())
+        if not flow.running:
+            flow.mark_input((args, kwargs))
+        flow.register(module)
+        run = Run(path, module, len(self._runs))
         given = self._first_input(args)
         if given is None:
             given = self._first_input(kwargs)
             run.by_keyword = given is not None
         if given is not None:
-            run.input = given.detach().clone()
+            run.given, run.version = given, None if given.is_inference() else given._version
+            run.input = self._copy(run, given)
+        run.given_shapes = tuple(
+            tuple(tensor.shape) for tensor in iterate_tensors((args, kwargs)) if not tensor.is_nested
+        )
         self._runs.append(run)
-        for old in self._runs[:-_WINDOW]:
-            old.input = old.output = None
+        flow.running.append(run)
 
-    def end_run(self, module: torch.nn.Module, output: Any) -> None:
-        """Note what a module returned."""
-        if threading.get_ident() != self._thread:
+    def end_run(self, module: torch.nn.Module, given: Any, output: Any, *, opaque: bool = False) -> None:
+        """Note what a module returned; None if it raised. ``opaque``: what happened inside was not seen."""
+        flow = self._flow
+        if flow is None or threading.get_ident() != self._thread:
             return
-        run = next((run for run in reversed(self._runs) if run.module is module and run.end < 0), None)
-        if run is None:
+        if not flow.running or flow.running[-1].module is not module:  # a hook before ours raised
             return
-        run.end = self._tick()
-        run.output = next(iterate_tensors(output), None)
-        if run.output is not None and not run.output.is_nested:
-            run.output_shape = tuple(run.output.shape)
+        run = flow.running.pop()
+        first = next(iterate_tensors(output), None)
+        if first is not None and not first.is_nested:
+            run.output_shape = tuple(first.shape)
+        if any(map(flow.is_data, iterate_tensors(given))):
+            if opaque:
+                run.made_inside = True
+                flow.mark_output(output, run)
+            elif not run.combines and _owns_parameters(module) and flow.is_unseen(output):
+                flow.mark_output(output, run)
+        if flow.running:
+            flow.running[-1].last_inside = run.path
+        run.given = None
+        self._keep(run)
 
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
+    def _copy(self, run: Run, given: torch.Tensor) -> torch.Tensor:
+        """A copy of what a module is given; one for all that hand the same tensor on to a module inside."""
+        flow = self._flow
+        outer = flow.running[-1] if flow is not None and flow.running else None
+        if outer is not None and outer.given is given and outer.version == run.version is not None:
+            copied = outer.input
+            if copied is not None:
+                return copied
+        with without_modes():
+            return given.detach().clone()
+
+    def _keep(self, run: Run) -> None:
+        """Drop the inputs of the modules that ran longest ago."""
+        if run.input is None:
+            return
+        runs = self._kept.pop(id(run.module), [])
+        runs.append(run)
+        self._kept[id(run.module)] = runs
+        self._kept_bytes += run.input.nbytes
+        while len(self._kept) > _KEPT_MODULES and self._kept_bytes > _KEPT_BYTES:
+            for old in self._kept.pop(next(iter(self._kept))):
+                if old.input is not None:
+                    self._kept_bytes -= old.input.nbytes
+                old.input = None
 
     def _first_input(self, given: Any) -> torch.Tensor | None:
         for tensor in iterate_tensors(given):
@@ -161,9 +234,15 @@ class HeadSearch:
                 return tensor
         return None
 
+    def _forget(self) -> None:
+        self._flow = None
+        self._runs: list[Run] = []
+        self._kept: dict[int, list[Run]] = {}
+        self._kept_bytes = 0
+
 
 class _Watcher:
-    """Hooks of one candidate; lives as long as the watched forward."""
+    """Hooks of one module; lives as long as the watched forward."""
 
     def __init__(self, search: HeadSearch, path: str) -> None:
         self._search = weakref.ref(search)
@@ -173,87 +252,76 @@ class _Watcher:
         if (search := self._search()) is not None:
             search.begin_run(self._path, module, args, kwargs)
 
-    def after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if (search := self._search()) is not None:
-            search.end_run(module, output)
+            search.end_run(module, (args, kwargs), output)
 
 
-def _modules_with_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Modules with parameters of their own, except where hooks would change numerics or are not possible."""
+def _modules_to_watch(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Modules with parameters, except inside those that are watched as a whole or call no hooks."""
     found: list[tuple[str, torch.nn.Module]] = []
-    fused: set[int] = set()
+    left_out: set[int] = set()
+    originals = original_parameters(model)
     for path, module in model.named_modules():
-        if isinstance(module, (torch.nn.TransformerEncoderLayer, torch.nn.MultiheadAttention)):
-            # A hook inside would switch off the fused path; their inner modules make no logits.
-            fused.update(id(inner) for inner in module.modules())
-        if id(module) in fused or isinstance(module, torch.jit.ScriptModule):
+        if id(module) in left_out:
             continue
-        if any(parameter is not None for parameter in module._parameters.values()):
+        if isinstance(module, (*_FUSED, torch.jit.ScriptModule)):
+            left_out.update(id(inner) for inner in module.modules())
+        has_parameters = next(module.parameters(), None) is not None or id(module) in originals
+        if has_parameters and not isinstance(module, torch.jit.ScriptModule):
             found.append((strip_wrappers(path), module))
     return found
 
 
-def _choose(runs: list[_Run], logits: torch.Tensor) -> _Run | None:
-    making = [run for run in runs if _makes_classes(run.output_shape, tuple(logits.shape))]
-    same = [run for run in runs if run.output is not None and _is_same_memory(run.output, logits)]
-    for chosen in (
-        _innermost(same, making),
-        _innermost(_nearest_in_graph(making, logits), making),
-        _innermost(making, making),
-    ):
-        # The model itself, with modules inside that had their part in it, is no head: its input is the data.
-        if chosen is not None and not (chosen.path == "" and any(chosen.holds(run) for run in runs)):
-            return chosen
-    return None
+def _candidates(makers: frozenset[Run], runs: list[Run], logits: torch.Tensor) -> list[Run]:
+    """The runs that made the logits, the best one first."""
+    found = [run for run in makers if run is not UNKNOWN]
+    if UNKNOWN in makers and not found:
+        # The last step was out of sight: then it is the module that ran last, if it has the classes.
+        found = [run for run in [run for run in runs if run.makes][-1:] if _has_classes(run, logits)]
+    return sorted(found, key=lambda run: (_has_classes(run, logits), run.start), reverse=True)
 
 
-def _innermost(candidates: list[_Run], making: list[_Run]) -> _Run | None:
-    """The last of ``candidates``, or the last module inside it that makes as many classes."""
+def _owns_parameters(module: torch.nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _has_classes(run: Run, logits: torch.Tensor) -> bool:
+    """Whether the output of a run has the classes of the logits: in its last dimension, or as channels."""
+    shape, classes = run.output_shape, tuple(logits.shape)
+    if len(classes) < 2:
+        return torch.Size(shape).numel() == torch.Size(classes).numel()
+    return len(shape) >= 2 and classes[-1] in (shape[-1], shape[1])
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Let compiled code run as it is written; `HeadSearch` refuses it where torch lacks this."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    # The import is slow, and before it nothing is compiled.
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return cast("contextlib.AbstractContextManager[Any]", set_stance("force_eager"))
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
+def _not_found(candidates: list[Run], batch_size: int, batch_dim: int) -> LayerNotFoundError:
+    """What to tell about runs that made the logits and yet are no head."""
     if not candidates:
-        return None
-    outer = max(candidates, key=lambda run: run.start)
-    inside = [run for run in making if outer.holds(run)]
-    return max(inside, key=lambda run: run.start) if inside else outer
-
-
-def _makes_classes(shape: tuple[int, ...], logits_shape: tuple[int, ...]) -> bool:
-    """Whether an output has the classes of the logits: in its last dimension, or as channels."""
-    if not shape:
-        return False
-    if len(logits_shape) < 2:
-        return torch.Size(shape).numel() == torch.Size(logits_shape).numel()
-    return len(shape) >= 2 and (shape[-1] == logits_shape[-1] or shape[1] == logits_shape[1])
-
-
-def _is_same_memory(output: torch.Tensor, logits: torch.Tensor) -> bool:
-    if output is logits:
-        return True
-    try:
-        address = output.untyped_storage().data_ptr()
-        return address != 0 and address == logits.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a layout without storage
-        return False
-
-
-def _nearest_in_graph(runs: list[_Run], logits: torch.Tensor) -> list[_Run]:
-    """Runs of the modules whose parameters are nearest to the logits in the autograd graph."""
-    owners = {
-        id(parameter): run
-        for run in runs
-        for parameter in run.module._parameters.values()
-        if parameter is not None
-    }
-    level: list[Any] = [] if logits.grad_fn is None else [logits.grad_fn]
-    seen: set[Any] = set()
-    while level and len(seen) < _GRAPH_NODES:
-        found = [owners[id(node.variable)] for node in level if id(getattr(node, "variable", None)) in owners]
-        if found:
-            return found
-        following = []
-        for node in level:
-            for successor, _ in node.next_functions:
-                if successor is not None and successor not in seen:
-                    seen.add(successor)
-                    following.append(successor)
-        level = following
-    return []
+        return LayerNotFoundError("no module with parameters makes the logits of this model", _HINT)
+    run = candidates[0]
+    name = repr(run.path) if run.path else "the model itself"
+    if run.made_inside:
+        hint = _HINT if run.before is None else _HINT.replace("<module path>", run.before)
+        return LayerNotFoundError(
+            f"{name} makes the logits with parameters of its own, behind modules inside it, so that no "
+            "module is given the features",
+            hint if run.before is None else f"{hint} is the module that ran just before",
+        )
+    given = ", ".join(map(str, run.given_shapes)) or "no tensor"
+    return LayerNotFoundError(
+        f"the head {name} is given {given}, expected {batch_size} samples along dimension {batch_dim}",
+        f'{_HINT}, or set TracerConfig(batch_dim={{"features": ...}}) if the samples lie elsewhere',
+    )

@@ -20,6 +20,11 @@ WRAPPER_NAMES = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_chec
 _KEY = r"""\[\s*(?:-?\d+|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*\]"""
 _PATH = re.compile(rf"(?P<module>.*?)(?P<keys>(?:{_KEY})*)\Z", re.DOTALL)
 _SUGGESTIONS = 3
+_EXPORT_MODULE = "torch.export._unlift"  # where the class of exported_program.module() is made
+_EXPORT_HINT = (
+    "this model comes from torch.export, which inlines layers: give the tracer "
+    "torch.export.unflatten(exported_program) instead of exported_program.module()"
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,15 @@ class Layer:
         path: Where it is, without wrapper prefixes, with its picks; comparable between runs.
         module: The module whose output is captured.
         picks: Keys to pick from the output, outermost first.
+        obstacle: Why its hook will most likely not run, and what to do about it; empty if nothing is
+            known to be in the way.
     """
 
     alias: str
     path: str
     module: torch.nn.Module
     picks: tuple[PathKey, ...]
+    obstacle: str = ""
 
 
 def strip_wrappers(path: str) -> str:
@@ -49,7 +57,8 @@ def resolve_layers(model: torch.nn.Module, target_layers: Mapping[str, str]) -> 
 
     Raises:
         InvalidTypeError: Not a mapping of text to text.
-        LayerNotFoundError: No such module; the message names the closest paths.
+        LayerNotFoundError: No such module; the message names the closest paths. Or a ScriptModule, of which
+            torch runs no hooks.
     """
     if not isinstance(target_layers, Mapping):
         raise InvalidTypeError(
@@ -70,6 +79,7 @@ class _ModuleIndex:
     """All modules of a model by exact path and by path without wrappers."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        self._is_exported = any(cls.__module__ == _EXPORT_MODULE for cls in type(model).__mro__)
         # Shared modules count under each of their names.
         self._exact = dict(model.named_modules(remove_duplicate=False))
         self._stripped: dict[str, torch.nn.Module] = {}
@@ -86,11 +96,34 @@ class _ModuleIndex:
             module = self._find(name)
         if module is None:
             raise self._not_found(alias, path, name)
-        return Layer(alias, strip_wrappers(name) + "".join(f"[{key!r}]" for key in picks), module, picks)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise LayerNotFoundError(
+                f"target_layers[{alias!r}] = {path!r} names a ScriptModule, and torch runs no hooks on those",
+                "trace the model as it was before torch.jit.script or torch.jit.trace, or a Python module "
+                "around the scripted one",
+            )
+        stripped = strip_wrappers(name)
+        recorded = stripped + "".join(f"[{key!r}]" for key in picks)
+        return Layer(alias, recorded, module, picks, self._obstacle(name, stripped, module, picks))
 
     def _find(self, path: str) -> torch.nn.Module | None:
         exact = self._exact.get(path)
         return exact if exact is not None else self._stripped.get(strip_wrappers(path))
+
+    def _obstacle(self, path: str, stripped: str, module: torch.nn.Module, picks: tuple[PathKey, ...]) -> str:
+        """What is known to keep hooks of ``module`` from running."""
+        if _has_no_forward(module):
+            if self._is_exported:
+                return _EXPORT_HINT
+            inner = f"{stripped}.{picks[0] if picks else next(iter(module._modules), '<name>')}"
+            return f"a {type(module).__name__} is not called itself: name a module in it, such as {inner!r}"
+        parent = self._find(path.rpartition(".")[0]) if path else None
+        if isinstance(parent, torch.nn.MultiheadAttention):
+            return (
+                "nn.MultiheadAttention uses the weights of this layer without calling it: trace "
+                f"{stripped.rpartition('.')[0]!r} itself"
+            )
+        return ""
 
     def _not_found(self, alias: str, path: str, name: str) -> LayerNotFoundError:
         known = [candidate for candidate in self._stripped if candidate]
@@ -108,8 +141,13 @@ class _ModuleIndex:
         listed = ", ".join(repr(candidate) for candidate in close[:_SUGGESTIONS]) or '"" (the model itself)'
         return LayerNotFoundError(
             f"target_layers[{alias!r}] = {path!r} names no module of the model; closest: {listed}",
-            "see model.named_modules() for all paths",
+            _EXPORT_HINT if self._is_exported else "see model.named_modules() for all paths",
         )
+
+
+def _has_no_forward(module: torch.nn.Module) -> bool:
+    """Whether calling ``module`` can only raise, as for ``ModuleList`` and what torch.export leaves."""
+    return getattr(module.forward, "__func__", None) is torch.nn.Module.forward
 
 
 def split_picks(path: str) -> tuple[str, tuple[PathKey, ...]]:

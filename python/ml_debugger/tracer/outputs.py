@@ -5,18 +5,33 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ml_debugger.errors import InvalidInputError, MlDebuggerError
 
 PathKey = int | str
 
+# Dtypes of the record format that this torch has; everything else is refused by name.
+STORABLE_DTYPES = frozenset(
+    dtype
+    for name in (
+        "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+        "bfloat16", "float16", "float32", "float64", "complex32", "complex64", "complex128",
+        "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+    )
+    if (dtype := getattr(torch, name, None)) is not None
+)  # fmt: skip
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WITHOUT_KERNELS = (torch.uint16, torch.uint32, torch.uint64)
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_HINT = "turn it into a dense tensor before, for example by t -> {call}"
 _BATCH_HINT = 'give one id a sample, pick another output with [i] or ["key"], or set TracerConfig.batch_dim'
 
 
@@ -26,18 +41,21 @@ class CallState(threading.local):
     Attributes:
         batch_size: Samples in the call; 0 when there is none.
         rows: Positions of the samples to keep; None keeps all.
+        is_compiler_ready: Whether code that this thread compiles knows of the hooks.
     """
 
     batch_size: int = 0
     rows: list[int] | None = None
+    is_compiler_ready: bool = False
 
 
 class OutputPicker:
     """``prepare`` of one column: turns any output into the plain tensor to store.
 
     Order: pick by path, find the first tensor with the batch size, batch dimension to the front, reduce,
-        cast, keep the
-    sampled rows. Never changes the output, and holds no reference to it or to the tracer.
+    cast, keep the sampled rows. Never changes the output, and holds no reference to it or to the tracer.
+    A reduction that is a callable also gets what has no dense form of its own (sparse, nested, quantized,
+    distributed tensors), as the layer gave it.
     """
 
     def __init__(
@@ -72,9 +90,12 @@ class OutputPicker:
             InvalidInputError: Nothing in ``output`` has the batch size, or the tensor cannot be copied as
                 bytes.
         """
-        tensor = self._find(output)
-        with torch.no_grad():
-            tensor = plain_tensor(tensor, f"the output of layer {self._alias!r}")
+        with torch.no_grad(), without_modes():
+            with torch._C.DisableTorchFunctionSubclass():
+                tensor = self._find(output)
+                refusal = _refusal(tensor) if callable(self._reduction) else None
+            if refusal is None:
+                tensor = plain_tensor(tensor, f"the output of layer {self._alias!r}", self._plain_hint)
             if self._batch_dim:
                 tensor = tensor.movedim(self._batch_dim, 0)
             if self._reduction is not None:
@@ -83,45 +104,73 @@ class OutputPicker:
                 tensor = tensor.to(self._capture_dtype)
             return select_rows(tensor, self._state.rows).contiguous()
 
+    @property
+    def _plain_hint(self) -> str:
+        return f"trace another layer, or set TracerConfig.reduce = {{{self._alias!r}: lambda t: {{call}}}}"
+
     def _find(self, output: Any) -> torch.Tensor:
         for key in self._picks:
-            output = _pick(output, key, self._alias)
+            output = pick(output, key, self._alias)
         batch_size = self._state.batch_size
-        shapes = []
+        others = []
         for tensor in iterate_tensors(output):
             if has_batch_size(tensor, batch_size, self._batch_dim):
                 return tensor
-            shapes.append(_shape_of(tensor))
-        found = (
-            f"tensors of shape {', '.join(map(str, shapes))}"
-            if shapes
-            else f"no tensor ({type(output).__name__})"
-        )
-        raise InvalidInputError(
-            f"layer {self._alias!r} returned {found}, expected {batch_size} samples (one for each input id) "
-            f"along dimension {self._batch_dim}",
-            _BATCH_HINT,
+            others.append(tensor)
+        raise self._no_batch(output, others)
+
+    def _no_batch(self, output: Any, tensors: list[torch.Tensor]) -> InvalidInputError:
+        found = f"no tensor ({type(output).__name__})"
+        if tensors:
+            found = f"tensors of shape {', '.join(map(str, map(_shape_of, tensors)))}"
+        hint = _BATCH_HINT
+        refusals = [refusal for tensor in tensors if (refusal := _refusal(tensor)) is not None]
+        if refusals:
+            # A tensor inside of vmap, or a shard, shows another shape than the user has in mind.
+            found += f" ({refusals[0].reason})"
+            hint = refusals[0].hint(self._plain_hint)
+        return InvalidInputError(
+            f"layer {self._alias!r} returned {found}, expected {self._state.batch_size} samples "
+            f"(one for each input id) along dimension {self._batch_dim}",
+            hint,
         )
 
     def _reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        rows = tensor.shape[0]
+        rows = self._state.batch_size
+        counts_writes = type(tensor) in _PLAIN_TYPES and not tensor.is_inference()
+        version = tensor._version if counts_writes else 0
         try:
             reduced = reduce_tensor(tensor, self._reduction)
         except MlDebuggerError:
             raise
-        except RuntimeError as error:
+        except Exception as error:
             raise InvalidInputError(
                 f"reduce[{self._alias!r}] failed on a {dtype_name(tensor.dtype)} tensor of shape "
-                f"{tuple(tensor.shape)}: {error}",
-                "reduce that layer with a callable of your own",
+                f"{_shape_of(tensor)}: {error}",
+                "reduce that layer with a callable that fits it",
             ) from error
+        if counts_writes and tensor._version != version:
+            raise InvalidInputError(
+                f"reduce[{self._alias!r}] changed its argument in place, and so the model's own tensor",
+                "let the callable return a new tensor",
+            )
+        if isinstance(reduced, torch.Tensor):
+            reduced = plain_tensor(reduced, f"the result of reduce[{self._alias!r}]")
         if not isinstance(reduced, torch.Tensor) or reduced.ndim == 0 or reduced.shape[0] != rows:
             found = tuple(reduced.shape) if isinstance(reduced, torch.Tensor) else type(reduced).__name__
             raise InvalidInputError(
                 f"reduce[{self._alias!r}] must return a tensor with {rows} samples in front, got {found}",
                 "keep dimension 0 in the callable",
             )
-        return plain_tensor(reduced, f"reduce[{self._alias!r}]")
+        return reduced
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Hides what runs inside from ``TorchDispatchMode`` s of the user's run.
+
+    Selective activation checkpointing counts the calls of each operator; ours would shift its cache.
+    """
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 def reduce_tensor(tensor: torch.Tensor, reduction: str | Callable[[Any], Any] | None) -> Any:
@@ -172,20 +221,45 @@ def find_logits(model_output: Any, batch_size: int, dimension: int = 0) -> torch
     return None
 
 
-def plain_tensor(tensor: torch.Tensor, what: str) -> torch.Tensor:
+class Refusal(NamedTuple):
+    """Why a tensor cannot be stored as it stands.
+
+    Attributes:
+        reason: Completes "it is ...".
+        call: Python that makes a dense tensor of ``t``; empty where nothing does.
+        remedy: What else helps; only without ``call``.
+    """
+
+    reason: str
+    call: str = ""
+    remedy: str = ""
+
+    def hint(self, template: str) -> str:
+        """``template`` with the call filled in, or the remedy."""
+        return template.replace("{call}", self.call) if self.call else self.remedy
+
+
+def plain_tensor(tensor: torch.Tensor, what: str, hint: str = _PLAIN_HINT) -> torch.Tensor:
     """Return ``tensor`` as an exact, detached, dense, contiguous ``torch.Tensor`` with the same values.
 
+    Args:
+        tensor: Any tensor.
+        what: Names it in the error.
+        hint: Remedy where a call makes the tensor dense; ``{call}`` stands for that call.
+
     Raises:
-        InvalidInputError: Sparse, nested, quantized, on the meta device, or without memory of its own.
+        InvalidInputError: Sparse, nested, quantized, on the meta device, inside of a ``torch.func``
+            transform, of a dtype or subclass without a dense form.
     """
-    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+    if type(tensor) in _PLAIN_TYPES:
+        refusal = _refusal(tensor)
+    else:
         with torch._C.DisableTorchFunctionSubclass():
-            tensor = tensor.as_subclass(torch.Tensor)
-    reason = _refusal(tensor)
-    if reason is not None:
-        raise InvalidInputError(
-            f"{what} is {reason}, expected a dense tensor", "turn it into a dense tensor before"
-        )
+            refusal = _refusal(tensor)
+            if refusal is None:
+                tensor = _without_subclass(tensor)
+    if refusal is not None:
+        raise InvalidInputError(f"{what} is {refusal.reason}, expected a dense tensor", refusal.hint(hint))
     tensor = tensor.detach()
     if tensor.is_conj():
         tensor = tensor.resolve_conj()
@@ -194,15 +268,54 @@ def plain_tensor(tensor: torch.Tensor, what: str) -> torch.Tensor:
     return tensor.contiguous()
 
 
-def _refusal(tensor: torch.Tensor) -> str | None:
+def _without_subclass(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor that a subclass stands for; the subclass itself if it does not say."""
+    try:
+        # The result of a collective that may still be under way, as tensor-parallel layers return it.
+        waited = getattr(tensor, "trigger_wait", None)
+        plain = tensor.as_subclass(torch.Tensor) if waited is None else waited()
+    except Exception:  # its own __torch_dispatch__ answers, or fails as it likes
+        return tensor
+    same = plain.shape == tensor.shape and plain.dtype == tensor.dtype
+    return plain if type(plain) is torch.Tensor and same else tensor
+
+
+def _refusal_of_subclass(tensor: torch.Tensor) -> Refusal:
+    reason = f"a {type(tensor).__name__}, which has no memory of its own"
+    for method, call in (("to_local", "t.to_local()"), ("get_data", "t.get_data()")):
+        if hasattr(tensor, method):
+            return Refusal(reason, call)
+    return Refusal(reason, "<a plain tensor made of t>")
+
+
+# Private, but without another way to ask; where it is missing the core refuses such tensors without a hint.
+_is_functorch_wrapped: Callable[[torch.Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda tensor: False
+)
+
+
+def _refusal(tensor: torch.Tensor) -> Refusal | None:
+    """Why ``tensor`` has no dense bytes to store; None if it has.
+
+    Of a subclass that overrides ``__torch_function__`` this must be asked with that switched off.
+    """
     if tensor.is_nested:
-        return "a nested tensor"
+        return Refusal("a nested tensor", "t.to_padded_tensor(0.0)")
     if tensor.layout is not torch.strided:
-        return f"of layout {str(tensor.layout).removeprefix('torch.')}"
-    if tensor.is_quantized:
-        return "quantized"
+        return Refusal(f"of layout {str(tensor.layout).removeprefix('torch.')}", "t.to_dense()")
+    if _is_functorch_wrapped(tensor) or torch._is_functional_tensor(tensor):
+        return Refusal(
+            "inside of a torch.func transform (vmap, grad, jvp, ...)",
+            remedy="call the tracer outside of the transform, and trace layers that run outside of it",
+        )
     if tensor.is_meta:
-        return "on the meta device"
+        return Refusal("on the meta device", remedy="run the model on a device that computes values")
+    if tensor.dtype not in STORABLE_DTYPES:
+        if tensor.is_quantized:
+            return Refusal("quantized", "t.dequantize()")
+        return Refusal(f"of dtype {dtype_name(tensor.dtype)}, which is not stored", "t.view(torch.uint8)")
+    if type(tensor) not in _PLAIN_TYPES and type(_without_subclass(tensor)) is not torch.Tensor:
+        return _refusal_of_subclass(tensor)
     return None
 
 
@@ -256,8 +369,12 @@ def _shape_of(tensor: torch.Tensor) -> tuple[int, ...] | str:
     return "nested" if tensor.is_nested else tuple(tensor.shape)
 
 
-def _pick(output: Any, key: PathKey, alias: str) -> Any:
-    """One ``[key]`` of a layer path."""
+def pick(output: Any, key: PathKey, alias: str) -> Any:
+    """One ``[key]`` of a layer path.
+
+    Raises:
+        InvalidInputError: The output has no such entry.
+    """
     try:
         if isinstance(output, torch.Tensor):
             raise TypeError

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import msgpack
 import torch
 
 from ml_debugger import _core
 from ml_debugger.tracer.call import TracedCall
-from ml_debugger.tracer.description import CallDescription, Columns
+from ml_debugger.tracer.description import CallDescription, CapturedColumn, Columns
 from ml_debugger.tracer.fields import FieldValue
 from ml_debugger.tracer.inputs import Ids
 from ml_debugger.tracer.outputs import select_rows
@@ -75,15 +73,10 @@ class RowWriter:
             self._recorder.capture_buffer(column, value.shapes.data)
 
 
-def tensor_from_bytes(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A CPU tensor over ``data``; ``dtype`` is torch's name of it."""
-    kind: torch.dtype = getattr(torch, dtype)
+def tensor_from_bytes(data: bytearray, column: CapturedColumn) -> torch.Tensor:
+    """A tensor of what the core gives back of a column, on the device where the layer's output lay."""
+    dtype: torch.dtype = getattr(torch, column.dtype)
+    device = torch.device("cpu") if column.device < 0 else torch.device("cuda", column.device)
     if not data:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(data, dtype=torch.uint8).view(kind).reshape(shape)
-
-
-def device_of(module: torch.nn.Module | None) -> torch.device:
-    """Where a layer computes; the core's copy lies on the host."""
-    parameter = None if module is None else next(itertools.chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+        return torch.empty(column.shape, dtype=dtype, device=device)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(column.shape).to(device)

@@ -22,6 +22,7 @@ from ml_debugger.errors import (
 )
 from ml_debugger.stats import TracerStats
 from ml_debugger.store.layout import VersionInfo, check_name
+from ml_debugger.tracer import compiled
 from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, parse_values
 from ml_debugger.tracer.description import CapturedColumn, Columns
 from ml_debugger.tracer.fields import FieldValue, parse_fields
@@ -43,7 +44,7 @@ from ml_debugger.tracer.layers import Layer, resolve_layers
 from ml_debugger.tracer.names import check_column_name, check_column_names
 from ml_debugger.tracer.outputs import find_logits, iterate_tensors
 from ml_debugger.tracer.retention import Retention
-from ml_debugger.tracer.rows import RowWriter, device_of, tensor_from_bytes
+from ml_debugger.tracer.rows import RowWriter, tensor_from_bytes
 from ml_debugger.tracer.sampling import SampleFilter
 from ml_debugger.tracer.session import TraceSession
 
@@ -134,9 +135,12 @@ class TorchTracer:
         self._aliases = aliases
         self._names = frozenset(names)
         self._columns = Columns(
-            aliases, self._fields, self._label_fields, keep_all_runs=self._config.repeat == "all"
+            aliases,
+            self._fields,
+            self._label_fields,
+            keep_all_runs=self._config.repeat == "all",
+            obstacles={layer.alias: layer.obstacle for layer in self._layers},
         )
-        self._modules = {layer.alias: layer.module for layer in self._layers}
 
     def _prepare_calls(self) -> None:
         config = self._config
@@ -172,8 +176,7 @@ class TorchTracer:
         # A tracer that is dropped without close() loses nothing, and leaves no hooks behind.
         self._finalizer = weakref.finalize(self, _release, session, self._hooks)
         self._finalizer.atexit = False
-        for column, layer in enumerate(self._layers):
-            self._hooks.attach(self._recorder, column, layer)
+        self._hooks.attach(self._recorder, self._layers)
 
     def _new_head_search(self) -> HeadSearch:
         return HeadSearch(self._model, self._state, (self._config.batch_dim or {}).get(HEAD_ALIAS, 0))
@@ -287,6 +290,7 @@ class TorchTracer:
             # next call.
             state.call, state.batch_size, state.rows = call, call.batch_size, call.rows
             recorder.begin_call(call.epoch, call.batch_size)
+            self._hooks.tell_compiler()
             if search is None:
                 output = self._forward(model_input)
             else:
@@ -320,7 +324,7 @@ class TorchTracer:
         return output
 
     def _forward_and_find_head(self, search: HeadSearch, model_input: Any, call: TracedCall) -> Any:
-        with search.watching():
+        with search.watching(), compiled.run_eagerly(self._model):
             output = self._forward(model_input)
         logits = find_logits(output, call.batch_size, self._logits_dim)
         if logits is None:
@@ -337,7 +341,6 @@ class TorchTracer:
 
     def _adopt_head(self, head: Head) -> None:
         head.inputs.clear()
-        self._modules[HEAD_ALIAS] = head.module
         self._hooks.attach_head(self._recorder, 0, HEAD_ALIAS, head)
         self._head_search = None
 
@@ -431,7 +434,8 @@ class TorchTracer:
             layer_name: An alias (with ``repeat="all"`` also ``alias.1``, ...).
 
         Returns:
-            A new tensor with the recorded dtype and shape, on the layer's device.
+            A new tensor with the recorded dtype and shape, on the CUDA device where the layer's output lay,
+            else on the CPU.
 
         Raises:
             NotFoundError: Nothing was captured under that name, or the call was left out or lost.
@@ -443,9 +447,8 @@ class TorchTracer:
                 f"the last call captured nothing for {layer_name!r}; it has {listed}",
                 "name an alias of target_layers, after a call that was recorded",
             )
-        capture, dtype, shape = captured[layer_name]
-        module = self._modules.get(layer_name, self._modules.get(layer_name.rpartition(".")[0]))
-        return tensor_from_bytes(self._recorder.read_back(capture), dtype, shape).to(device_of(module))
+        column = captured[layer_name]
+        return tensor_from_bytes(self._recorder.read_back(column.capture), column)
 
     def _captured_now(self) -> dict[str, CapturedColumn]:
         if self._state.captured is not None:

@@ -12,6 +12,10 @@ from ml_debugger.tracer.torch_tracer import TorchTracer
 
 __all__ = ["ClassificationTorchTracer"]
 
+_PLAIN_HINT = (
+    "make it dense in the model, or hand a changed model_output on from _parse_and_save_io_data: t -> {call}"
+)
+
 
 class ClassificationTorchTracer(TorchTracer):
     """Records ``logits`` too: the model's output itself, or its ``logits``. Arguments as `TorchTracer`."""
@@ -27,5 +31,5 @@ class ClassificationTorchTracer(TorchTracer):
                 f"dimension {self._logits_dim}",
                 "give one id a sample, or hand a changed model_output on from _parse_and_save_io_data",
             )
-        logits = plain_tensor(logits, "the model's output")
+        logits = plain_tensor(logits, "the model's output", _PLAIN_HINT)
         return logits.movedim(self._logits_dim, 0).contiguous() if self._logits_dim else logits

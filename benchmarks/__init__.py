@@ -1,0 +1,1 @@
+"""What recording costs: each folder is a set of questions, `harness` is what they share."""
