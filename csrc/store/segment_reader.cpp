@@ -22,6 +22,34 @@ Access access_for(const std::string& directory, bool sealed) {
   return StoreState::owns(directory) ? Access::kWrite : Access::kReadLive;
 }
 
+// What LMDB returns when pages are not what they should be.
+bool is_damage(int code) {
+  switch (code) {
+    case MDB_INVALID:
+    case MDB_VERSION_MISMATCH:
+    case MDB_NOTFOUND:
+    case MDB_CORRUPTED:
+    case MDB_PAGE_NOTFOUND:
+    case MDB_MAP_RESIZED:
+    case MDB_INCOMPATIBLE:
+    case MDB_CURSOR_FULL:
+    case MDB_BAD_TXN:
+      return true;
+    default:
+      return false;
+  }
+}
+
+template <class Read>
+auto read_sound(const std::string& directory, Read read) {
+  try {
+    return read();
+  } catch (const StoreError& error) {
+    if (!is_damage(error.code())) throw;
+    throw Error(ErrorKind::kCorruptData, directory + ": " + error.what(), kDamageHint);
+  }
+}
+
 }  // namespace
 
 SegmentReader::SegmentReader(const std::string& directory, bool sealed) : directory_(directory) {
@@ -33,15 +61,26 @@ SegmentReader::SegmentReader(const std::string& directory, bool sealed) : direct
       throw Error(ErrorKind::kNotFound,
                   "the segment " + directory + " is gone: its epoch was dropped");
     }
-    if (error.code() == MDB_INVALID || error.code() == MDB_VERSION_MISMATCH ||
-        error.code() == MDB_NOTFOUND || error.code() == MDB_CORRUPTED) {
-      throw Error(ErrorKind::kCorruptData, error.what(), kDamageHint);
-    }
+    if (is_damage(error.code()))
+      throw Error(ErrorKind::kCorruptData, directory + ": " + error.what(), kDamageHint);
     throw;
   }
 }
 
 std::string SegmentReader::meta() const {
+  return read_sound(directory_, [this] { return read_meta(); });
+}
+
+std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(
+    std::optional<std::uint64_t> after, std::size_t limit) const {
+  return read_sound(directory_, [&] { return read_headers(after, limit); });
+}
+
+void SegmentReader::read(const std::vector<ChunkRequest>& requests, std::byte* out) const {
+  read_sound(directory_, [&] { read_chunks(requests, out); });
+}
+
+std::string SegmentReader::read_meta() const {
   const Transaction transaction(*environment_, true);
   MDB_val key{kMetaKey.size(), const_cast<char*>(kMetaKey.data())};
   MDB_val value{};
@@ -51,7 +90,7 @@ std::string SegmentReader::meta() const {
   return {static_cast<const char*>(value.mv_data), value.mv_size};
 }
 
-std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(
+std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::read_headers(
     std::optional<std::uint64_t> after, std::size_t limit) const {
   std::vector<std::pair<std::uint64_t, std::string>> found;
   if (after == std::numeric_limits<std::uint64_t>::max()) return found;  // nothing can be behind it
@@ -77,7 +116,7 @@ std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(
   return found;
 }
 
-void SegmentReader::read(const std::vector<ChunkRequest>& requests, std::byte* out) const {
+void SegmentReader::read_chunks(const std::vector<ChunkRequest>& requests, std::byte* out) const {
   const Transaction transaction(*environment_, true);
   for (const ChunkRequest& request : requests) {
     Key encoded = encode_key(request.key);

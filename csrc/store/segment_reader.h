@@ -36,6 +36,11 @@ class SegmentReader {
   void read(const std::vector<ChunkRequest>& requests, std::byte* out) const;
 
  private:
+  [[nodiscard]] std::string read_meta() const;
+  [[nodiscard]] std::vector<std::pair<std::uint64_t, std::string>> read_headers(
+      std::optional<std::uint64_t> after, std::size_t limit) const;
+  void read_chunks(const std::vector<ChunkRequest>& requests, std::byte* out) const;
+
   std::string directory_;
   std::shared_ptr<Environment> environment_;
 };
