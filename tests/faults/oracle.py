@@ -154,7 +154,9 @@ def _check_accounts(
     notes = ledger.calls[lanes.start : lanes.stop]
     if drops[notes["epoch"][notes["state"] != NEVER]].any() or promise.survives != "flushed":
         return
-    present = sum(rows for (number, lane, _), rows in found.items() if number == promise.number and lane in lanes)
+    present = sum(
+        rows for (number, lane, _), rows in found.items() if number == promise.number and lane in lanes
+    )
     if present < cell["committed"]:
         verdict.add("lost", f"{name}: {present} rows are there, stats() had {cell['committed']} committed")
     if not cell["closed"]:

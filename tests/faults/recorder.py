@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import threading
@@ -242,6 +243,17 @@ class Recorder:
 
     def _step_stop(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _step_limit(self, name: str, value: str) -> None:
+        """Lower a resource limit of this process; ``value`` may say how much it has now."""
+
+        def vm_bytes() -> int:
+            return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+        soft = eval(value, {"os": os, "vm_bytes": vm_bytes})
+        kind = getattr(resource, name)
+        resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1]))
+        self._say(f"limited {name} to {soft}")
 
     def _step_sleep(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -37,7 +37,9 @@ def wait_for(what: str, condition: Callable[[], bool], trial: Trial) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         log = trial.processes[-1].output()
-        assert time.monotonic() < deadline, f"seed {trial.seed}: never {what}; {figures(trial)}\n{log[-3000:]}"
+        assert time.monotonic() < deadline, (
+            f"seed {trial.seed}: never {what}; {figures(trial)}\n{log[-3000:]}"
+        )
         time.sleep(0.02)
 
 
@@ -54,7 +56,10 @@ def finish(trial: Trial, process: Any) -> dict[str, int]:
     assert trial.wait(process) == 0, process.output()
     cells = trial.promises[-1].open().tracers
     assert cells["closed"].all()
-    return {name: int(cells[name].sum()) for name in ("submitted", "committed", "discarded", "failed", "in_flight")}
+    return {
+        name: int(cells[name].sum())
+        for name in ("submitted", "committed", "discarded", "failed", "in_flight")
+    }
 
 
 FILESYSTEMS = {"tmpfs": (tmpfs, 8), "ext4": (ext4, 24)}
@@ -63,7 +68,11 @@ FILESYSTEMS = {"tmpfs": (tmpfs, 8), "ext4": (ext4, 24)}
 @pytest.mark.parametrize("filesystem", sorted(FILESYSTEMS))
 @pytest.mark.parametrize("overflow", ["block", "discard", "raise"])
 def test_a_full_disk_is_waited_for_and_recording_recovers_by_itself(
-    overflow: str, filesystem: str, make_trial: Callable[..., Any], score: Callable[[str], Score], tmp_path: Path
+    overflow: str,
+    filesystem: str,
+    make_trial: Callable[..., Any],
+    score: Callable[[str], Score],
+    tmp_path: Path,
 ) -> None:
     if filesystem == "ext4" and overflow != "block" and not is_long():
         pytest.skip("in make test-faults only")
@@ -99,7 +108,12 @@ def test_a_disk_that_stays_full_ends_in_an_error_or_a_warning_and_nothing_hangs(
 ) -> None:
     tally = score(f"disk stays full, on_error {on_error}: given up after stall_timeout_s, counted")
     with tmpfs(tmp_path / "disk", 6) as disk:
-        config = {"on_error": on_error, "ring_bytes": RING_BYTES, "stall_timeout_s": 0.7, "close_timeout_s": 2.0}
+        config = {
+            "on_error": on_error,
+            "ring_bytes": RING_BYTES,
+            "stall_timeout_s": 0.7,
+            "close_timeout_s": 2.0,
+        }
         trial = make_trial(tally, config=config, data_dir=disk.mount / "data")
         ballast = disk.fill(leave_bytes=2 << 20)
         tally.rounds += 1
@@ -143,9 +157,7 @@ def test_a_frozen_disk_holds_nobody_longer_than_its_deadline(
         steps = [["open"], ["train", None, 2], ["flush", 0.3], ["close"], ["sleep", 3600]]
         hook_times = trial.folder / "hooks.npy"
         tally.rounds += 1
-        process = trial.start(
-            steps, tolerant=True, pause_s=0.002, flush_every=0, hook_times=str(hook_times)
-        )
+        process = trial.start(steps, tolerant=True, pause_s=0.002, flush_every=0, hook_times=str(hook_times))
         wait_for("recording", lambda: figures(trial)["committed"] > 0, trial)
         try:
             check_frozen(policy, disk, trial, process, hook_times)
