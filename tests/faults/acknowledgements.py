@@ -1,7 +1,7 @@
 """The acknowledgement ledger: what a recorder has submitted, and what it was told is committed.
 
-A file of its own, mapped shared: what was stored in it outlives ``kill -9`` of the writer, in program order. For
-power cuts it lies on another filesystem than the trace. Every cell has one writing thread.
+A file of its own, mapped shared: what was stored in it outlives ``kill -9`` of the writer, in program order.
+For power cuts it lies on another filesystem than the trace. Every cell has one writing thread.
 """
 
 from __future__ import annotations

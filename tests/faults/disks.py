@@ -1,4 +1,4 @@
-"""Filesystems that can be cut off, frozen, filled and made read-only: loop images with ext4, and small tmpfs."""
+"""Filesystems to cut off, freeze, fill and turn read-only: loop images with ext4, and small tmpfs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Starts recorders and judges as forks of a process that has imported everything, a tenth of a second each.
 
-As a script: the server. It reads one JSON request a line and answers with one. It never uses the core itself, so
-its forks are like fresh processes to it. `ForkServer` is the client that tests use.
+As a script: the server. It reads one JSON request a line and answers with one. It never uses the core itself,
+so its forks are like fresh processes to it. `ForkServer` is the client that tests use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MS_BIND, _MS_PRIVATE, _MS_REC = 0x1000, 1 << 18, 0x4000
 
 
 def pretend_boot(boot_id_file: str) -> None:
-    """Let this process, and no other, see another boot id: what a power cut leaves behind meets a new boot."""
+    """Let this process, and no other, see another boot id, as after a power cut."""
     libc = ctypes.CDLL(None, use_errno=True)
     for result in (
         libc.unshare(_CLONE_NEWNS),
@@ -70,13 +70,13 @@ def _child(job: dict[str, Any]) -> int:
 
 def serve() -> None:
     """Answer requests until standard input ends."""
-    import acknowledgements  # noqa: F401
     import lmdb  # noqa: F401
-    import oracle  # noqa: F401
-    import recorder  # noqa: F401
     import torch
 
+    import acknowledgements  # noqa: F401
     import ml_debugger.exporting  # noqa: F401
+    import oracle  # noqa: F401
+    import recorder  # noqa: F401
 
     torch.set_num_threads(1)
     print(json.dumps({"ready": os.getpid()}), flush=True)
@@ -112,7 +112,7 @@ class Process:
         self.status: int | None = None
 
     def wait(self, deadline_s: float = 60.0) -> int:
-        """Its exit status, negative for a signal; raises `Hung` after ``deadline_s`` and leaves nobody behind."""
+        """Its exit status, negative for a signal; raises `Hung` after ``deadline_s``, having killed it."""
         if self.status is None:
             answer = self._server.ask({"wait": self.pid}, deadline_s)
             if answer is None:

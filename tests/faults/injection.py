@@ -1,7 +1,7 @@
 """Faults in system calls of a running process, by strace(1).
 
-strace counts the calls of each thread that it traces; so a fault that is meant for the writer is attached to the
-writer's thread only, and one for a whole process is armed while that process has stopped itself.
+strace counts the calls of each thread that it traces; so a fault that is meant for the writer is attached to
+the writer's thread only, and one for a whole process is armed while that process has stopped itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The judge of a trace after a fault: reads it with the public API and compares it with the ledgers, bit for bit.
+"""The judge of a trace after a fault: reads it with the public API, compares it with the ledgers, bit for bit.
 
-Runs in a process of its own (`fork_server`), since a damaged store must not be able to take the judge with it.
+Runs in a process of its own (`fork_server`), since a damaged store must not be able to take the judge along.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from acknowledgements import DROP_BEGUN, DROPPED, NEVER, REFUSED, RETURNED, Ledger, Promise
-from recorder import crc_of_call, version_of
 
+from acknowledgements import DROP_BEGUN, DROPPED, NEVER, REFUSED, RETURNED, Ledger, Promise
 from ml_debugger import open_trace
 from ml_debugger.errors import NotFoundError
+from recorder import crc_of_call, version_of
 
 Found = dict[tuple[int, int, int], int]  # (round, lane, call) -> rows present
 

@@ -1,7 +1,7 @@
 """A program that records like a training loop: several tracers, several threads each, steps from a list.
 
-Every call notes what it is about to submit in the ledger, and what `flush` and `stats` have acknowledged. What
-the layers return is known before the forward, bit for bit, so the notes owe nothing to the code under test.
+Every call notes what it is about to submit in the ledger, and what `flush` and `stats` have acknowledged.
+What the layers return is known before the forward, bit for bit: the notes owe nothing to the code under test.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from acknowledgements import DROP_BEGUN, DROPPED, REFUSED, RETURNED, Ledger, Shape
 from torch import nn
 
+from acknowledgements import DROP_BEGUN, DROPPED, REFUSED, RETURNED, Ledger, Shape
 from ml_debugger import TracerConfig
 from ml_debugger.errors import MlDebuggerError
 from ml_debugger.training import ClassificationTracer
@@ -127,7 +127,7 @@ class Recorder:
 
         ``["open"]``, ``["recreate"]``, ``["close"]``, ``["flush"]``, ``["train", calls or None, epochs]``,
         ``["drop", epoch of this round]``, ``["drop_all"]``, ``["export", path]``, ``["sleep", seconds]``, and
-        ``["stop"]``, which waits for a SIGCONT. With ``tolerant`` an error of the package ends a step, not the run.
+        ``["stop"]``, which waits for a SIGCONT. With ``tolerant`` our errors end a step, not the run.
         """
         # Waited for, since a handler runs only when the main thread happens to wake up.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})

@@ -1,4 +1,4 @@
-"""A full disk and a frozen one, under each overflow policy: training goes on or waits, as asked, and no longer."""
+"""A full disk and a frozen one, under each policy: training goes on or waits, as asked, and no longer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from acknowledgements import REFUSED
 from disks import Disk, ext4, tmpfs
 from trials import Score, Trial, is_long

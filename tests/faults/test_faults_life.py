@@ -1,4 +1,4 @@
-"""The whole life of a trace as a state machine: write, read, drop, reopen, export, in any order hypothesis thinks of."""
+"""The life of a trace as a state machine: write, read, drop, reopen, export, in any order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from recorder import Scene
-from trials import is_long
 
 from ml_debugger import TracerConfig, load_export, open_trace
 from ml_debugger.errors import NotFoundError
 from ml_debugger.training import ClassificationTracer
+from recorder import Scene
+from trials import is_long
 
 EPOCHS = st.sampled_from([None, 0, 1, 2])
 # (attempt, epoch or -1, id, value, label or None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from acknowledgements import BEGUN, DROPPED, NEVER, REFUSED, RETURNED, Ledger
 from trials import Score
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from disks import require_tools, tmpfs
 from fork_server import HERE
 from trials import Score, Trial
@@ -178,7 +179,7 @@ trace = open_trace("net", "v0", data_dir=ARGS[0])
 trace.arrays("extracted_feature")
 list(trace.iter_batches("extracted_feature", batch_size=1))
 after = locks()
-assert after == before, f"gone: {[l for l in before if l not in after]}, new: {[l for l in after if l not in before]}"
+assert after == before, (before, after)
 tracer.close()
 assert not locks()
 print("same locks")

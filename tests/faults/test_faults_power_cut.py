@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from disks import ext4
 from trials import Score, rounds
 
@@ -27,12 +28,12 @@ def another_boot(folder: Path) -> str:
 def test_a_power_cut_costs_what_the_durability_says(
     durability: str, make_trial: Callable[..., Any], score: Callable[[str], Score], seed: int, tmp_path: Path
 ) -> None:
-    """``power``: nothing acknowledged. ``process``: at most segments that were open, and no crash of the next run."""
+    """``power``: nothing acknowledged. ``process``: at most open segments, and no crash of the next run."""
     survives, promise = ("flushed", "all acknowledged") if durability == "power" else ("sealed", "all sealed")
     tally = score(f"power cut on ext4, durability {durability}: {promise} rows are there")
     choice = random.Random(seed)
     config = {"durability": durability, "commit_interval_s": 0.02}
-    total = rounds(4, 0.25)
+    total = rounds(3, 0.25)
     for first in range(0, total, CUTS_A_DISK):
         with ext4(tmp_path / f"disk-{first}", 128) as disk:
             trial = make_trial(tally, config=config, data_dir=disk.mount / "data")

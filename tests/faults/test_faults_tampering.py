@@ -1,4 +1,4 @@
-"""Limits and tampering: the store is cut, deleted, moved or locked away under a recorder and under readers."""
+"""Limits and tampering: the store is cut, deleted, moved, locked away under a recorder and readers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from disks import ext4
 from trials import Score, Trial
 
@@ -142,8 +143,8 @@ def test_a_recorder_whose_segments_are_cut_off_between_two_commits_goes_on(
 
 COUNT = """
 from ml_debugger import open_trace
-rows = [open_trace("net", version, data_dir=ARGS[0]).num_rows("extracted_feature") for version in ("v0", "v1")]
-print(sum(rows), flush=True)
+traces = [open_trace("net", version, data_dir=ARGS[0]) for version in ("v0", "v1")]
+print(sum(trace.num_rows("extracted_feature") for trace in traces), flush=True)
 """
 
 

@@ -1,4 +1,4 @@
-"""A store under trial: rounds of recording with a fault in each, a ledger a round, and the judge at the end."""
+"""A store under trial: rounds of recording with a fault in each, a ledger a round, the judge at the end."""
 
 from __future__ import annotations
 
