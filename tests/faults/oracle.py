@@ -1,4 +1,4 @@
-"""The judge of a trace after a fault: reads it with the public API, compares it with the ledgers, bit for bit.
+"""The judge of a trace after a fault: reads it with the public API, compares it with the ledgers bit for bit.
 
 Runs in a process of its own (`fork_server`), since a damaged store must not be able to take the judge along.
 """

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from injection import WRITE_CALLS, Injection, require_strace
-from trials import Score, is_long
+from trials import Score, is_long, rounds
 
 # What each call fails with on a bad disk, a full one, or under a limit.
 ERRORS = {
@@ -106,8 +106,7 @@ def test_a_system_call_that_fails_costs_an_error_or_nothing(
     ]
     assert len(cases) > 100, counts
     random.Random(seed).shuffle(cases)
-    if not is_long():
-        cases = cases[:4]
+    cases = cases[: rounds(4)]
     findings: list[str] = []
     for first in range(0, len(cases), CASES_A_STORE):
         trial = make_trial(tally, config=config)

@@ -88,8 +88,7 @@ def test_kill_9_at_every_write_call_of_a_life(
     assert counts["pwrite64"] > 20 and counts["fdatasync"] > 10, counts
     cases = [(call, number) for call, count in counts.items() for number in range(1, count + 1)]
     random.Random(seed).shuffle(cases)
-    if not is_long():
-        cases = cases[:8]
+    cases = cases[: rounds(8)]
     for first in range(0, len(cases), ROUNDS_A_STORE):
         trial = make_trial(tally)
         for call, number in cases[first : first + ROUNDS_A_STORE]:

@@ -17,7 +17,7 @@ from ml_debugger import TracerConfig, load_export, open_trace
 from ml_debugger.errors import NotFoundError
 from ml_debugger.training import ClassificationTracer
 from recorder import Scene
-from trials import is_long
+from trials import is_long, rounds
 
 EPOCHS = st.sampled_from([None, 0, 1, 2])
 # (attempt, epoch or -1, id, value, label or None)
@@ -161,7 +161,7 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(
-    max_examples=600 if is_long() else 8,
+    max_examples=rounds(8, 0.2),
     stateful_step_count=40 if is_long() else 15,
     deadline=None,
     suppress_health_check=list(HealthCheck),
