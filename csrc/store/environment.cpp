@@ -155,6 +155,10 @@ void Environment::open_handle(const std::string& directory, Access access, Sync 
   MDB_stat stat{};
   mdb_env_stat(handle_, &stat);
   page_bytes_ = stat.ms_psize;
+  int file = -1;
+  struct stat status{};
+  counts_links_ = mdb_env_get_fd(handle_, &file) == MDB_SUCCESS && fstat(file, &status) == 0 &&
+                  status.st_nlink != 0;
   require_whole_file(is_writable(access));
   open_databases(directory, access == Access::kCreate);
 }
@@ -164,7 +168,7 @@ void Environment::require_whole_file(bool to_write) const {
   struct stat status{};
   if (mdb_env_get_fd(handle_, &file) != MDB_SUCCESS || fstat(file, &status) != 0)
     throw StoreError(errno, std::string("cannot look at a segment: ") + std::strerror(errno));
-  if (to_write && status.st_nlink == 0)
+  if (to_write && counts_links_ && status.st_nlink == 0)
     throw StoreError(ENOENT, "the segment was deleted while it was written");
   const auto held = [&] { return static_cast<std::uint64_t>(status.st_size) / page_bytes_; };
   std::uint64_t last = kMetaPages - 1;  // these two say how many there are

@@ -68,6 +68,7 @@ class Environment {
   MDB_env* handle_ = nullptr;
   MDB_dbi main_ = 0, chunks_ = 0, headers_ = 0;
   std::size_t map_bytes_ = 0, page_bytes_ = 0;
+  bool counts_links_ = false;  // whether its filesystem says how many names a file has
   FileId id_{};
   std::uint64_t generation_ = process_generation();
 };

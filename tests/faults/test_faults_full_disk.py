@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from acknowledgements import REFUSED
-from disks import Disk, ext4, tmpfs
+from disks import Disk, ext4, require_tools, tmpfs
 from trials import Score, Trial, is_long
 
 RING_BYTES = 1 << 20
@@ -150,6 +150,7 @@ FROZEN = {
 def test_a_frozen_disk_holds_nobody_longer_than_its_deadline(
     policy: str, make_trial: Callable[..., Any], score: Callable[[str], Score], tmp_path: Path
 ) -> None:
+    require_tools("fsfreeze")
     tally = score(f"frozen filesystem, overflow {policy}: calls, flush and close end in time")
     with ext4(tmp_path / "disk", 64) as disk:
         timeouts = {"stall_timeout_s": 0.6, "close_timeout_s": 0.6}
