@@ -1,6 +1,7 @@
 # Words for people; `make help` lists them. The work is done by scripts/bootstrap.py, CMakePresets.json and pyproject.toml.
 
 PYTHON ?= python3
+ROUNDS ?= 2000
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 NATIVE_FILES = $(shell find csrc tests/core tests/fake_cuda -name '*.h' -o -name '*.cpp')
@@ -16,7 +17,7 @@ export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 
-.PHONY: help build build-gpu test test-core test-python test-gpu bench-gpu soak demo asan tsan lint format types docs clean
+.PHONY: help build build-gpu test test-core test-python test-faults model test-gpu bench-gpu soak demo asan tsan lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these words
@@ -39,7 +40,14 @@ test-core: build ## the tests of the C++ core
 	$(call core-tests,dev,core)
 
 test-python: build ## the tests of the Python package (ARGS="-k name" picks some)
-	@$(PYTEST) tests/python $(ARGS)
+	@$(PYTEST) tests/python tests/faults $(ARGS)
+
+test-faults: build ## the fault tests at length (ROUNDS=2000; about an hour), and their table in docs/reliability.md
+	@FAULT_ROUNDS=$(ROUNDS) FAULT_TABLE=docs/reliability.md $(PYTEST) --timeout=0 -o faulthandler_timeout=0 tests/faults $(ARGS)
+	@tests/model/check.sh
+
+model: ## search every run of the ring's protocol, with spin (a minute)
+	@tests/model/check.sh
 
 test-gpu: build-gpu ## the tests that need an NVIDIA GPU (ARGS="-k name" picks some)
 	@$(PLAIN_PYTEST) tests/gpu $(ARGS)

@@ -1,7 +1,12 @@
 #include "store/environment.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <thread>
 
 #include "errors.h"
@@ -27,6 +32,37 @@ unsigned flags_of(Access access, Sync sync) {
   flags |= MDB_NOMEMINIT;  // page_loan.h has the heap's pages zeroed
 #endif
   return flags;
+}
+
+// Of a meta page, as LMDB 0.9 lays it out where a word has 64 bits.
+constexpr std::size_t kMetaPages = 2;
+constexpr std::size_t kPageSizeOffset = 40, kLastPageOffset = 136;
+constexpr std::uint32_t kLargestPageBytes = 65536;
+constexpr std::uint64_t kMostPages = std::uint64_t{1} << 35;  // more than an address space holds
+
+[[noreturn]] void throw_corrupted(const std::string& what) {
+  throw StoreError(MDB_CORRUPTED, what, "restore the segment from a copy, or drop its epoch");
+}
+
+// LMDB divides by the page size that the file names, maps as much as it says, and reads both meta
+// pages, unasked.
+void require_sound_start(const std::string& path) {
+  const Descriptor file(path, O_RDONLY);
+  std::uint32_t page_bytes = 0;
+  const auto read_at = [&](void* out, std::size_t bytes, std::uint64_t offset) {
+    return pread(file.get(), out, bytes, static_cast<off_t>(offset)) == static_cast<ssize_t>(bytes);
+  };
+  if constexpr (sizeof(std::size_t) != 8) return;
+  if (!read_at(&page_bytes, sizeof page_bytes, kPageSizeOffset) || page_bytes == 0 ||
+      (page_bytes & (page_bytes - 1)) != 0 || page_bytes > kLargestPageBytes) {
+    throw StoreError(MDB_INVALID, path + " is not an LMDB file: its first page is damaged");
+  }
+  for (std::uint64_t page = 0; page < kMetaPages; ++page) {
+    std::uint64_t last_page = 0;
+    const std::uint64_t begin = page * page_bytes;
+    if (!read_at(&last_page, sizeof last_page, begin + kLastPageOffset) || last_page > kMostPages)
+      throw_corrupted(path + " is damaged or cut off in its first pages");
+  }
 }
 
 // Closes the handle unless it is released.
@@ -104,6 +140,7 @@ void Environment::open_handle(const std::string& directory, Access access, Sync 
   // A writer's map is wide, since set_mapsize must not be called later; under a limit on address
   // space take what there is. What never grows again is mapped as long as it is; 0 takes the
   // writer's width.
+  if (access != Access::kCreate) require_sound_start(directory + "/" + kDataFile);
   std::size_t wish = is_writable(access) ? map_bytes : 0;
   if (access == Access::kReadSealed) wish = file_bytes(directory + "/" + kDataFile);
   int code = open_with_map(&handle_, directory, flags, wish);
@@ -118,7 +155,45 @@ void Environment::open_handle(const std::string& directory, Access access, Sync 
   MDB_stat stat{};
   mdb_env_stat(handle_, &stat);
   page_bytes_ = stat.ms_psize;
+  int file = -1;
+  struct stat status{};
+  counts_links_ = mdb_env_get_fd(handle_, &file) == MDB_SUCCESS && fstat(file, &status) == 0 &&
+                  status.st_nlink != 0;
+  require_whole_file(is_writable(access));
   open_databases(directory, access == Access::kCreate);
+}
+
+void Environment::require_whole_file(bool to_write) const {
+  int file = -1;
+  struct stat status{};
+  if (mdb_env_get_fd(handle_, &file) != MDB_SUCCESS || fstat(file, &status) != 0)
+    throw StoreError(errno, std::string("cannot look at a segment: ") + std::strerror(errno));
+  if (to_write && counts_links_ && status.st_nlink == 0)
+    throw StoreError(ENOENT, "the segment was deleted while it was written");
+  const auto held = [&] { return static_cast<std::uint64_t>(status.st_size) / page_bytes_; };
+  std::uint64_t last = kMetaPages - 1;  // these two say how many there are
+  if (held() > last) {
+    MDB_envinfo info{};
+    mdb_env_info(handle_, &info);
+    last = info.me_last_pgno;
+    fstat(file, &status);  // after it: a writer elsewhere writes pages before it names them
+  }
+  if (held() <= last) {
+    throw_corrupted("a segment is cut off: its file holds " + std::to_string(held()) +
+                    " pages and names page " + std::to_string(last));
+  }
+}
+
+void Environment::complete_file() const noexcept {
+  int file = -1;
+  struct stat status{};
+  MDB_envinfo info{};
+  if (mdb_env_get_fd(handle_, &file) != MDB_SUCCESS || mdb_env_info(handle_, &info) != MDB_SUCCESS)
+    return;
+  const auto bytes = static_cast<off_t>((info.me_last_pgno + 1) * page_bytes_);
+  if (fstat(file, &status) != 0 || status.st_size >= bytes) return;
+  // If it fails, the next look at the file tells.
+  if (ftruncate(file, bytes) != 0) return;
 }
 
 void Environment::open_databases(const std::string& directory, bool create) {
@@ -149,6 +224,7 @@ Environment::~Environment() {
 }
 
 Transaction::Transaction(const Environment& environment, bool read_only) {
+  environment.require_whole_file(!read_only);
   check_lmdb(mdb_txn_begin(environment.get(), nullptr, read_only ? MDB_RDONLY : 0, &handle_),
              "cannot begin a transaction");
 }

@@ -4,6 +4,10 @@
 // device and inode of its data.mdb, so a symlink or a bind mount cannot smuggle in a second handle.
 // After a fork the inherited handles are inert: never used, never closed.
 //
+// LMDB reads through a map, so a file that is shorter than its pages say is a SIGBUS. Such a file
+// is refused when it is opened and when a transaction begins; it is MDB_CORRUPTED then. Nobody
+// shortens a file between that look and the read but somebody who does it on purpose.
+//
 // Thread safety: `open` from any thread. The handle itself: one write transaction at a time, on one
 // thread; read transactions anywhere (MDB_NOTLS).
 #pragma once
@@ -49,6 +53,13 @@ class Environment {
   [[nodiscard]] std::size_t map_bytes() const noexcept { return map_bytes_; }
   [[nodiscard]] std::size_t page_bytes() const noexcept { return page_bytes_; }
 
+  // Throws StoreError: MDB_CORRUPTED if the file lacks pages that it says it has; ENOENT if it is
+  // to be written to and was deleted, so that rows in it could never be found.
+  void require_whole_file(bool to_write) const;
+  // Makes the file as long as its pages say; after a commit. LMDB does not write a last page that
+  // it took and gave back in one transaction.
+  void complete_file() const noexcept;
+
  private:
   Environment() = default;
   void open_handle(const std::string& directory, Access access, Sync sync, std::size_t map_bytes);
@@ -57,6 +68,7 @@ class Environment {
   MDB_env* handle_ = nullptr;
   MDB_dbi main_ = 0, chunks_ = 0, headers_ = 0;
   std::size_t map_bytes_ = 0, page_bytes_ = 0;
+  bool counts_links_ = false;  // whether its filesystem says how many names a file has
   FileId id_{};
   std::uint64_t generation_ = process_generation();
 };

@@ -18,21 +18,6 @@
 namespace mld {
 namespace {
 
-class Descriptor {
- public:
-  Descriptor(const std::string& path, int flags, mode_t mode = 0)
-      : value_(open(path.c_str(), flags | O_CLOEXEC, mode)) {
-    if (value_ < 0) throw_store_error(errno, "cannot open", path);
-  }
-  ~Descriptor() { close(value_); }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  [[nodiscard]] int get() const noexcept { return value_; }
-
- private:
-  int value_;
-};
-
 void write_all(int descriptor, std::string_view content, const std::string& path) {
   while (!content.empty()) {
     const ssize_t written = write(descriptor, content.data(), content.size());
@@ -62,6 +47,13 @@ std::string hint_for(int code) {
 }
 
 }  // namespace
+
+Descriptor::Descriptor(const std::string& path, int flags, unsigned mode)
+    : value_(open(path.c_str(), flags | O_CLOEXEC, mode)) {
+  if (value_ < 0) throw_store_error(errno, "cannot open", path);
+}
+
+Descriptor::~Descriptor() { close(value_); }
 
 void throw_store_error(int code, const std::string& what, const std::string& path) {
   throw StoreError(code, what + " " + path + ": " + mdb_strerror(code), hint_for(code));

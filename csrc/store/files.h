@@ -11,6 +11,19 @@
 
 namespace mld {
 
+// An open file; closed at the end of its scope. Throws StoreError.
+class Descriptor {
+ public:
+  Descriptor(const std::string& path, int flags, unsigned mode = 0);
+  ~Descriptor();
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  [[nodiscard]] int get() const noexcept { return value_; }
+
+ private:
+  int value_;
+};
+
 // Makes a directory (0700) and its missing parents; an existing one is fine.
 void make_directories(const std::string& path);
 // Forces a directory's entries to disk.

@@ -172,6 +172,7 @@ void Segment::Batch::commit() {
   check_lmdb(mdb_put(transaction_.get(), segment_.environment_->main(), &key_value, &value, 0),
              "cannot write totals");
   transaction_.commit();
+  segment_.environment_->complete_file();
   segment_.totals_ = totals_;
   MDB_envinfo info{};
   mdb_env_info(segment_.environment_->get(), &info);

@@ -44,6 +44,34 @@ bool is_plain(std::uint64_t key, const DecodedHeader& header, const SegmentIdent
   return total <= HeaderScan::kMaxCallBytes;
 }
 
+// What LMDB returns when pages are not what they should be.
+bool is_damage(int code) {
+  switch (code) {
+    case MDB_INVALID:
+    case MDB_VERSION_MISMATCH:
+    case MDB_NOTFOUND:
+    case MDB_CORRUPTED:
+    case MDB_PAGE_NOTFOUND:
+    case MDB_MAP_RESIZED:
+    case MDB_INCOMPATIBLE:
+    case MDB_CURSOR_FULL:
+    case MDB_BAD_TXN:
+      return true;
+    default:
+      return false;
+  }
+}
+
+template <class Read>
+auto read_sound(const std::string& directory, Read read) {
+  try {
+    return read();
+  } catch (const StoreError& error) {
+    if (!is_damage(error.code())) throw;
+    throw Error(ErrorKind::kCorruptData, directory + ": " + error.what(), kDamageHint);
+  }
+}
+
 }  // namespace
 
 SegmentReader::SegmentReader(const std::string& directory, bool sealed) : directory_(directory) {
@@ -55,48 +83,50 @@ SegmentReader::SegmentReader(const std::string& directory, bool sealed) : direct
       throw Error(ErrorKind::kNotFound,
                   "the segment " + directory + " is gone: its epoch was dropped");
     }
-    if (error.code() == MDB_INVALID || error.code() == MDB_VERSION_MISMATCH ||
-        error.code() == MDB_NOTFOUND || error.code() == MDB_CORRUPTED) {
-      throw Error(ErrorKind::kCorruptData, error.what(), kDamageHint);
-    }
+    if (is_damage(error.code()))
+      throw Error(ErrorKind::kCorruptData, directory + ": " + error.what(), kDamageHint);
     throw;
   }
 }
 
 std::string SegmentReader::meta() const {
-  const Transaction transaction(*environment_, true);
-  MDB_val key{kMetaKey.size(), const_cast<char*>(kMetaKey.data())};
-  MDB_val value{};
-  const int code = mdb_get(transaction.get(), environment_->main(), &key, &value);
-  if (code == MDB_NOTFOUND) return {};
-  check_lmdb(code, "cannot read totals");
-  return {static_cast<const char*>(value.mv_data), value.mv_size};
+  return read_sound(directory_, [&]() -> std::string {
+    const Transaction transaction(*environment_, true);
+    MDB_val key{kMetaKey.size(), const_cast<char*>(kMetaKey.data())};
+    MDB_val value{};
+    const int code = mdb_get(transaction.get(), environment_->main(), &key, &value);
+    if (code == MDB_NOTFOUND) return {};
+    check_lmdb(code, "cannot read totals");
+    return {static_cast<const char*>(value.mv_data), value.mv_size};
+  });
 }
 
 // Calls visit(key, value) for up to `limit` sound headers behind `after`, in key order.
 template <class Visit>
 void SegmentReader::for_headers(std::optional<std::uint64_t> after, std::size_t limit,
                                 Visit visit) const {
-  if (after == std::numeric_limits<std::uint64_t>::max()) return;  // nothing can be behind it
-  const Transaction transaction(*environment_, true);
-  MDB_cursor* cursor = nullptr;
-  check_lmdb(mdb_cursor_open(transaction.get(), environment_->headers(), &cursor),
-             "cannot read headers");
-  const std::unique_ptr<MDB_cursor, decltype(&mdb_cursor_close)> guard(cursor, &mdb_cursor_close);
-  Key first = encode_key(after ? *after + 1 : 0);
-  MDB_val key{first.size(), first.data()};
-  MDB_val value{};
-  int code = mdb_cursor_get(cursor, &key, &value, MDB_SET_RANGE);
-  for (; code == MDB_SUCCESS && limit > 0;
-       --limit, code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
-    const std::string_view bytes(static_cast<const char*>(value.mv_data), value.mv_size);
-    if (key.mv_size != first.size() || !header_is_sound(bytes)) {
-      throw Error(ErrorKind::kCorruptData,
-                  "a header of " + directory_ + " does not match its checksum", kDamageHint);
+  read_sound(directory_, [&] {
+    if (after == std::numeric_limits<std::uint64_t>::max()) return;  // nothing can be behind it
+    const Transaction transaction(*environment_, true);
+    MDB_cursor* cursor = nullptr;
+    check_lmdb(mdb_cursor_open(transaction.get(), environment_->headers(), &cursor),
+               "cannot read headers");
+    const std::unique_ptr<MDB_cursor, decltype(&mdb_cursor_close)> guard(cursor, &mdb_cursor_close);
+    Key first = encode_key(after ? *after + 1 : 0);
+    MDB_val key{first.size(), first.data()};
+    MDB_val value{};
+    int code = mdb_cursor_get(cursor, &key, &value, MDB_SET_RANGE);
+    for (; code == MDB_SUCCESS && limit > 0;
+         --limit, code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) {
+      const std::string_view bytes(static_cast<const char*>(value.mv_data), value.mv_size);
+      if (key.mv_size != first.size() || !header_is_sound(bytes)) {
+        throw Error(ErrorKind::kCorruptData,
+                    "a header of " + directory_ + " does not match its checksum", kDamageHint);
+      }
+      visit(decode_key(key.mv_data), bytes);
     }
-    visit(decode_key(key.mv_data), bytes);
-  }
-  if (code != MDB_SUCCESS && code != MDB_NOTFOUND) check_lmdb(code, "cannot read headers");
+    if (code != MDB_SUCCESS && code != MDB_NOTFOUND) check_lmdb(code, "cannot read headers");
+  });
 }
 
 std::vector<std::pair<std::uint64_t, std::string>> SegmentReader::headers(
@@ -144,46 +174,50 @@ HeaderScan SegmentReader::scan(std::optional<std::uint64_t> after, std::size_t l
 
 void SegmentReader::gather(const std::vector<std::uint64_t>& keys,
                            std::vector<GatherTarget> targets) const {
-  const auto differs = [&](std::uint64_t key) -> Error {
-    return {ErrorKind::kCorruptData,
-            "call " + std::to_string(key) + " of " + directory_ +
-                " is not what it was when it was listed",
-            kDamageHint};
-  };
-  const Transaction transaction(*environment_, true);
-  for (const std::uint64_t number : keys) {
-    Key encoded = encode_key(number);
-    MDB_val key{encoded.size(), encoded.data()};
-    MDB_val value{};
-    const int code = mdb_get(transaction.get(), environment_->headers(), &key, &value);
-    if (code == MDB_NOTFOUND) throw differs(number);
-    check_lmdb(code, "cannot read headers");
-    const DecodedHeader header =
-        decode_header({static_cast<const char*>(value.mv_data), value.mv_size});
-    for (const ChunkRef& chunk : header.chunks) {
-      for (GatherTarget& target : targets) {
-        if (target.capture != chunk.capture || chunk.bytes == 0) continue;
-        if (chunk.bytes > target.bytes) throw differs(number);
-        if (chunk.segment == ChunkRef::kInline) {
-          std::memcpy(target.out, header.inline_bytes.data() + chunk.key, chunk.bytes);
-          check_copy(target.out, chunk.bytes, chunk.crc, chunk.key);
-        } else {
-          copy_chunk(transaction.get(), {chunk.key, 0, chunk.bytes, chunk.crc}, target.out);
+  read_sound(directory_, [&] {
+    const auto differs = [&](std::uint64_t key) -> Error {
+      return {ErrorKind::kCorruptData,
+              "call " + std::to_string(key) + " of " + directory_ +
+                  " is not what it was when it was listed",
+              kDamageHint};
+    };
+    const Transaction transaction(*environment_, true);
+    for (const std::uint64_t number : keys) {
+      Key encoded = encode_key(number);
+      MDB_val key{encoded.size(), encoded.data()};
+      MDB_val value{};
+      const int code = mdb_get(transaction.get(), environment_->headers(), &key, &value);
+      if (code == MDB_NOTFOUND) throw differs(number);
+      check_lmdb(code, "cannot read headers");
+      const DecodedHeader header =
+          decode_header({static_cast<const char*>(value.mv_data), value.mv_size});
+      for (const ChunkRef& chunk : header.chunks) {
+        for (GatherTarget& target : targets) {
+          if (target.capture != chunk.capture || chunk.bytes == 0) continue;
+          if (chunk.bytes > target.bytes) throw differs(number);
+          if (chunk.segment == ChunkRef::kInline) {
+            std::memcpy(target.out, header.inline_bytes.data() + chunk.key, chunk.bytes);
+            check_copy(target.out, chunk.bytes, chunk.crc, chunk.key);
+          } else {
+            copy_chunk(transaction.get(), {chunk.key, 0, chunk.bytes, chunk.crc}, target.out);
+          }
+          target.out += chunk.bytes;
+          target.bytes -= chunk.bytes;
         }
-        target.out += chunk.bytes;
-        target.bytes -= chunk.bytes;
       }
     }
-  }
-  for (const GatherTarget& target : targets) {
-    if (target.bytes != 0) throw differs(keys.empty() ? 0 : keys.back());
-  }
+    for (const GatherTarget& target : targets) {
+      if (target.bytes != 0) throw differs(keys.empty() ? 0 : keys.back());
+    }
+  });
 }
 
 void SegmentReader::read(const std::vector<ChunkRequest>& requests, std::byte* out) const {
-  const Transaction transaction(*environment_, true);
-  for (const ChunkRequest& request : requests)
-    copy_chunk(transaction.get(), request, out + request.offset);
+  read_sound(directory_, [&] {
+    const Transaction transaction(*environment_, true);
+    for (const ChunkRequest& request : requests)
+      copy_chunk(transaction.get(), request, out + request.offset);
+  });
 }
 
 void SegmentReader::copy_chunk(MDB_txn* transaction, const ChunkRequest& request,

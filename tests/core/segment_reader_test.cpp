@@ -1,7 +1,14 @@
 // Reading a segment, sound or damaged, beside its writer or long after it.
 #include "store/segment_reader.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "store/crc32c.h"
@@ -277,4 +284,94 @@ TEST(reader_gathers_no_inline_bytes_that_are_not_what_was_written) {
   reader.gather({0}, {{0, data, 3}});
   CHECK(out == "abc");
   CHECK(kind_of([&] { reader.gather({0}, {{1, data, 3}}); }) == ErrorKind::kCorruptData);
+}
+
+namespace {
+
+void cut_file(const std::string& directory, std::uint64_t bytes) {
+  CHECK_EQ(truncate((directory + "/data.mdb").c_str(), static_cast<off_t>(bytes)), 0);
+}
+
+void poke(const std::string& directory, off_t offset, std::uint64_t value, std::size_t bytes) {
+  const int file = open((directory + "/data.mdb").c_str(), O_RDWR | O_CLOEXEC);
+  CHECK(file >= 0);
+  CHECK_EQ(pwrite(file, &value, bytes, offset), static_cast<ssize_t>(bytes));
+  close(file);
+}
+
+// Of a meta page where a word has 64 bits: page size, root of the unnamed database, last page.
+constexpr off_t kPageSizeAt = 40, kRootAt = 16 + 24 + 48 + 40, kLastPageAt = 136;
+
+}  // namespace
+
+// LMDB maps the file: without a look at its length, each of these was a SIGBUS.
+TEST(reader_of_a_file_that_was_cut_off_says_so_wherever_the_cut_is) {
+  const TempDir directory;
+  {
+    mld::Segment segment = make_segment(directory / "s");
+    write_calls(segment, 0, 25);
+    segment.seal();
+  }
+  const std::uint64_t whole = mld::file_bytes(directory / "s/data.mdb");
+  CHECK(whole > 30 * 4096);
+  for (std::uint64_t bytes = whole - 1;; bytes -= std::min<std::uint64_t>(bytes, 4095)) {
+    cut_file(directory / "s", bytes);
+    for (const bool sealed : {true, false})
+      CHECK(kind_of([&] { SegmentReader(directory / "s", sealed); }) == ErrorKind::kCorruptData);
+    if (bytes == 0) break;
+  }
+}
+
+TEST(reader_whose_file_is_cut_off_while_it_is_open_says_so) {
+  const TempDir directory;
+  {
+    mld::Segment segment = make_segment(directory / "s");
+    write_calls(segment, 0, 25);
+    segment.seal();
+  }
+  const SegmentReader reader(directory / "s", true);
+  CHECK_EQ(reader.headers(std::nullopt, 100).size(), 25);
+  for (const std::uint64_t bytes :
+       {std::uint64_t{20 * 4096}, std::uint64_t{4096}, std::uint64_t{0}}) {
+    cut_file(directory / "s", bytes);
+    std::string out(5000, '\0');
+    auto* const data = reinterpret_cast<std::byte*>(out.data());
+    CHECK(kind_of([&] { static_cast<void>(reader.headers(std::nullopt, 100)); }) ==
+          ErrorKind::kCorruptData);
+    CHECK(kind_of([&] { static_cast<void>(reader.meta()); }) == ErrorKind::kCorruptData);
+    CHECK(kind_of([&] { reader.read({request_for(3)}, data); }) == ErrorKind::kCorruptData);
+  }
+}
+
+TEST(reader_of_meta_pages_that_lie_says_so) {
+  const TempDir directory;
+  {
+    mld::Segment segment = make_segment(directory / "s");
+    write_calls(segment, 0, 25);
+    segment.seal();
+  }
+  std::ifstream file(directory / "s/data.mdb", std::ios::binary);
+  const std::string sound((std::istreambuf_iterator<char>(file)), {});
+  struct Lie {
+    off_t at;
+    std::size_t bytes;
+    std::uint64_t value;
+  };
+  std::vector<Lie> lies;
+  for (const std::uint64_t size : {0ULL, 1ULL, 4097ULL, 1ULL << 31, 0xFFFFFFFFULL})
+    lies.push_back({kPageSizeAt, 4, size});
+  for (const std::uint64_t page :
+       {std::uint64_t{1000000}, std::uint64_t{1} << 40, std::uint64_t{1} << 52,
+        (std::uint64_t{1} << 52) + 4, ~std::uint64_t{0} - 1}) {
+    lies.push_back({kRootAt, 8, page});
+    lies.push_back({kLastPageAt, 8, page});
+  }
+  for (const Lie& lie : lies) {
+    {
+      std::ofstream copy(directory / "s/data.mdb", std::ios::binary | std::ios::trunc);
+      copy << sound;
+    }
+    for (const off_t page : {0, 4096}) poke(directory / "s", page + lie.at, lie.value, lie.bytes);
+    CHECK(kind_of([&] { SegmentReader(directory / "s", true); }) == ErrorKind::kCorruptData);
+  }
 }
