@@ -3,10 +3,10 @@
 Run it with `python examples/segmentation.py` where ml-debugger is installed. The images are made up, so nothing is
 downloaded.
 
-A `ClassificationTracer` expects logits and one label (or one row of them) for each sample. Other tasks differ in
-what a model is given and returns, and `_parse_and_save_io_data` is where a subclass says so: it runs after each
-forward with what the call was given and what the model returned, may change both, and hands them on. The user of
-the tracer still gets the model's own output.
+A `ClassificationTracer` expects logits and one label (or one row of them) for each sample. Other tasks differ
+in what a model is given and returns, and `_parse_and_save_io_data` is where a subclass says so: it runs after
+each forward with what the call was given and what the model returned, may change both, and hands them on. The
+user of the tracer still gets the model's own output.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class SegmentationNet(nn.Module):
         self.encoder = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 32, 3, stride=2, padding=1)
         )
-        self.decoder = nn.Sequential(nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(32, CLASSES, 3, padding=1))
+        self.decoder = nn.Sequential(
+            nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(32, CLASSES, 3, padding=1)
+        )
         self.auxiliary = nn.Conv2d(32, CLASSES, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -106,7 +108,9 @@ def report(data_dir: Path, epochs: int) -> bool:
         masks = truth["label"].unflatten(1, (SIZE, SIZE))
         agree &= torch.equal(intersection_over_union(features["logits"].argmax(1), masks), truth["iou"])
         scores = truth["iou"].mean(1)
-        worst = [f"{truth['input_id'][i]} ({scores[i]:.2f})" for i in np.argsort(scores.numpy(), kind="stable")[:3]]
+        worst = [
+            f"{truth['input_id'][i]} ({scores[i]:.2f})" for i in np.argsort(scores.numpy(), kind="stable")[:3]
+        ]
         print(f"epoch {epoch}: {len(scores)} images, mean IoU {scores.mean():.3f}, worst {', '.join(worst)}")
     return agree
 
@@ -121,7 +125,12 @@ def main() -> int:
     config = TracerConfig(data_dir=options.data_dir)
     layers = {"encoded": "encoder"}
     with SegmentationTracer(
-        SegmentationNet(), MODEL_NAME, VERSION_NAME, target_layers=layers, force_table_recreate=True, config=config
+        SegmentationNet(),
+        MODEL_NAME,
+        VERSION_NAME,
+        target_layers=layers,
+        force_table_recreate=True,
+        config=config,
     ) as tracer:
         train(tracer, images, masks, options.epochs)
     if not report(options.data_dir, options.epochs):

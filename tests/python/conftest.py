@@ -96,5 +96,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--matrix",
         choices=["all", "write"],
-        help="all: run every cell of the matrix of models; write: and rewrite the table of docs/model_support.md",
+        help="run every cell of the matrix of models; write: and put it into docs/model_support.md",
     )

@@ -169,7 +169,10 @@ def words(samples: int, generator: torch.Generator) -> torch.Tensor:
 
 def masked_words(samples: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     tokens = words(samples, generator)
-    return {"input_ids": tokens, "attention_mask": (torch.arange(TOKENS) < TOKENS - 1).expand(samples, -1).long()}
+    return {
+        "input_ids": tokens,
+        "attention_mask": (torch.arange(TOKENS) < TOKENS - 1).expand(samples, -1).long(),
+    }
 
 
 KINDS = {

@@ -1,8 +1,8 @@
 """The matrix of models, modes and wrappers: what a cell is, and how one is tried.
 
-A cell trains one model three times from the same seed: untraced; untraced with witnesses, plain Python hooks of
-the test's own on the watched layers; and traced. In compiled code a witness is an operator that does to the
-graph what ours does (an ordered effect), so that the compiler sees the same graph.
+A cell trains one model three times from the same seed: untraced; untraced with witnesses, plain Python hooks
+of the test's own on the watched layers; and traced. In compiled code a witness is an operator that does to
+the graph what ours does (an ordered effect), so that the compiler sees the same graph.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, RuntimeError)
 
 # What a cell may turn out to be.
 SAME = "="  # stored right; the user's run has the bits of an untraced one
-SAME_GRAPH = "≈"  # stored right; the run has the bits of the same graph with another operator in place of ours
+SAME_GRAPH = (
+    "≈"  # stored right; the run has the bits of the same graph with another operator in place of ours
+)
 TORCH_REFUSES = "torch"  # it fails without a tracer
 
 
@@ -264,7 +266,7 @@ class Training:
         return model if self.how.compile is None else torch.compile(model, **self.how.compile)  # type: ignore[no-any-return]
 
     def finish(self) -> Run:
-        for step, size in zip(range(STEPS), self.how.sizes):  # noqa: B905: sizes have no end
+        for step, size in zip(range(STEPS), self.how.sizes):  # noqa: B905
             self._step(*inputs_of(self.cell, step, size), step)
         if not self.how.is_inductor:  # another graph, and one that holds nothing new for inductor
             self.model.eval()

@@ -1,11 +1,10 @@
-"""Calls from several threads, through generators, in gradient modes, and calls that end early at any point."""
+"""Calls from several threads, through generators, in gradient modes, and calls that end early anywhere."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,7 +185,7 @@ def test_a_forward_that_is_a_generator_has_run_nothing_when_the_call_ends(make: 
 
     model, x = Streaming(), torch.randn(BATCH, WIDTH)
     tracer = make(model)
-    with pytest.raises((InvalidInputError, AliasNotCapturedError), match="generator|'body'"):
+    with pytest.raises((InvalidInputError, AliasNotCapturedError), match=r"generator|'body'"):
         tracer(x, None, IDS)
     assert tracer.stats().rows_submitted == 0
     assert next(model(x)).shape == (BATCH, 3)

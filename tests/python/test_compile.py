@@ -546,7 +546,9 @@ class Step:
     def __init__(self, model: nn.Module, call: Any) -> None:
         self.call, self.optimizer = call, torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor, ids: list[int], epoch: int) -> torch.Tensor:
+    def __call__(
+        self, inputs: torch.Tensor, labels: torch.Tensor, ids: list[int], epoch: int
+    ) -> torch.Tensor:
         logits = self.call(inputs * 1, labels, ids, "train", epoch)
         loss = nn.functional.cross_entropy(logits, labels) + 1
         self.optimizer.zero_grad()
@@ -565,7 +567,9 @@ def test_a_tracer_may_be_called_within_a_compiled_training_step(how: str, backen
         model = Net()
         wrapped = model if how == "plain" else compile_it(model, how, backend)
         tracer = make(wrapped, {"body": "body"}, repeat="all") if traced else None
-        step = Step(model, tracer or torch.compiler.disable(lambda inputs, *_, wrapped=wrapped: wrapped(inputs)))
+        step = Step(
+            model, tracer or torch.compiler.disable(lambda inputs, *_, wrapped=wrapped: wrapped(inputs))
+        )
         run_step = torch.compile(step.__call__, backend=backend)
         for epoch in range(3):
             inputs = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(epoch))
@@ -587,7 +591,9 @@ def test_with_fullgraph_a_compiled_step_with_a_tracer_says_what_to_do(make: Any)
     model = Net()
     tracer = make(model, {"body": "body"})
     step = torch.compile(lambda x: tracer(x, None, [1, 2]) * 2, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model, and call its tracer in plain"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="compile the model, and call its tracer in plain"
+    ):
         step(batch(2))
     assert tracer.stats().rows_submitted == 0
 

@@ -178,9 +178,7 @@ def test_segmentation_example_records_masks_and_scores(folder: Path) -> None:
     assert [int(epoch) for epoch, _ in means] == [0, 1, 2]
     assert float(means[2][1]) > 1.5 * float(means[0][1])
     trace = ml_debugger.open_trace("segmentation", "v1", data_dir=folder / "masks")
-    last = {
-        table: trace.arrays(table, n_epoch=2) for table in ("extracted_feature", "ground_truth")
-    }
+    last = {table: trace.arrays(table, n_epoch=2) for table in ("extracted_feature", "ground_truth")}
     features, truth = last["extracted_feature"], last["ground_truth"]
     assert features["encoded"].shape == (96, 32, 8, 8)
     assert features["logits"].shape == (96, 3, 16, 16)

@@ -133,9 +133,9 @@ def forget_compiled_code() -> None:
                 reset_code(code)
 
 
-# ``outside_of_graphs(function, *arguments)`` calls a function that the compiler must not read. What that calls is
-# not read either, except what is compiled by itself. Only the compiler can make it, so it exists from its first
-# use on; the compiler itself looks an attribute of a module up as Python does.
+# ``outside_of_graphs(function, *arguments)`` calls a function that the compiler must not read, nor what that
+# calls, except what is compiled by itself. Only the compiler can make it, so it exists from its first use on;
+# the compiler itself looks an attribute of a module up as Python does.
 outside_of_graphs: Callable[..., Any]
 
 if not TYPE_CHECKING:
