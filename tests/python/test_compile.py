@@ -540,6 +540,33 @@ def test_a_copy_of_a_traced_model_compiles_and_records_nothing(copied: Any, make
     assert list(stored(tracer))[4:] == ["body", "logits"]
 
 
+def test_where_the_compiler_runs_a_layer_as_it_is_written_it_does_not_read_ours(make: Any) -> None:
+    """Around a recurrent layer it compiled what our hooks call, in seven more graphs, with warnings."""
+
+    class Recurrent(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.LSTM(WIDTH, 5, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.act(self.body(x[:, None])[0][:, 0]))
+
+    found = []
+    for traced in (False, True):
+        model = Recurrent()
+        wrapped = torch.compile(model, backend="eager")
+        if traced:
+            tracer = make(wrapped, {"body": "body"}, repeat="all")
+            inputs, _ = run(tracer)
+            assert torch.equal(stored(tracer)["body"], model.body(inputs[:, None])[0].detach())
+        else:
+            wrapped(batch())
+        found.append((counters["stats"]["unique_graphs"], dict(counters["graph_break"])))
+        torch._dynamo.reset()
+        counters.clear()
+    assert found[0] == found[1]
+
+
 class Step:
     """A training step that calls a tracer, as a function to be compiled."""
 

@@ -31,7 +31,7 @@ import torch
 
 from ml_debugger import _core
 from ml_debugger.errors import InvalidInputError
-from ml_debugger.tracer.outputs import PathKey, iterate_tensors, pick
+from ml_debugger.tracer.outputs import OutputPicker, PathKey, iterate_tensors, pick
 
 _COMPILER = "torch._dynamo"
 _numbers = itertools.count()
@@ -153,6 +153,20 @@ if not TYPE_CHECKING:
 def call_of_a_tracer(function: Callable[..., Any], *arguments: Any) -> Any:
     """Has a name that says in the compiler's messages what it is."""
     return function(*arguments)
+
+
+def hide_pickers() -> None:
+    """Keep the compiler from reading what our hooks call where it runs a module as it is written.
+
+    There, such as in a recurrent layer, it looks at each Python function that begins. Only a function that it
+    has marked itself is left out, so the class changes when the compiler is there. Idempotent.
+    """
+    written = OutputPicker.__call__
+    if not hasattr(written, "__wrapped__"):
+        disable: Any = torch.compiler.disable
+        hidden = disable(written)
+        hidden.__wrapped__ = written
+        OutputPicker.__call__ = hidden  # type: ignore[method-assign]
 
 
 class CompilerSettings:
