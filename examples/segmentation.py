@@ -1,7 +1,7 @@
 """Record a segmentation model by a tracer of your own: masks as labels, a score for every image.
 
-Run it with `python examples/segmentation.py` where ml-debugger is installed. The images are made up, so nothing is
-downloaded.
+Run it with `python examples/segmentation.py` where ml-debugger is installed. The images are made up:
+nothing is downloaded.
 
 A `ClassificationTracer` expects logits and one label (or one row of them) for each sample. Other tasks differ
 in what a model is given and returns, and `_parse_and_save_io_data` is where a subclass says so: it runs after

@@ -253,13 +253,15 @@ class Training:
         self.model = cell.kind.build().train()
         if self.how.reentrant is not None:
             set_checkpointing(self.model, self.how.reentrant)
-        # A witness, unlike a hook of ours, would live on in a copy.
+        # A witness, unlike a hook of ours, would live on in a copy. The code of a compiled twin without any
+        # hook is what the compiler may run in place of the traced model's.
+        copy_first = copy_first or self.how.compile is not None
         self.average = AveragedModel(self.model) if cell.wrapper == "averaged" and copy_first else None
         wrapped = self._compile(wrap(self.model, cell.wrapper))
         self.call = attach(self.model, wrapped)
         if cell.wrapper == "averaged" and not copy_first:
             self.average = AveragedModel(self.model)
-        self.twin = None if self.average is None else self._compile(self.average)
+        self.twin = None if self.average is None else self._compile(self.average.module)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
 
     def _compile(self, model: nn.Module) -> nn.Module:
