@@ -17,7 +17,7 @@ export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 
-.PHONY: help build build-gpu test test-core test-python test-faults model test-gpu bench-gpu soak demo asan tsan lint format types docs clean
+.PHONY: help build build-gpu test test-core test-python test-faults model test-gpu bench-gpu soak matrix demo asan tsan lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these words
@@ -80,6 +80,9 @@ types: build ## mypy --strict on the package, and the extension against its stub
 
 soak: build ## the long runs: memory over 10^5 calls, uploads cut at every byte (minutes)
 	@$(PYTEST) -m soak -o faulthandler_timeout=0 tests/python $(ARGS)
+
+matrix: build ## every cell of the matrix of models; writes the tables of docs/model_support.md (half an hour)
+	@$(PYTEST) -o timeout=900 -o faulthandler_timeout=0 tests/python/test_model_matrix.py --matrix write $(ARGS)
 
 docs: build ## the API reference as HTML, in build/docs
 	@"$(PY)" -m pdoc --docformat google --output-directory build/docs ml_debugger

@@ -100,3 +100,11 @@ def one_torch_thread() -> None:
 def seeded() -> None:
     """The same random numbers in every run."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix",
+        choices=["all", "write"],
+        help="run every cell of the matrix of models; write: and put it into docs/model_support.md",
+    )

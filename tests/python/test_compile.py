@@ -540,6 +540,91 @@ def test_a_copy_of_a_traced_model_compiles_and_records_nothing(copied: Any, make
     assert list(stored(tracer))[4:] == ["body", "logits"]
 
 
+def test_where_the_compiler_runs_a_layer_as_it_is_written_it_does_not_read_ours(make: Any) -> None:
+    """Around a recurrent layer it compiled what our hooks call, in seven more graphs, with warnings."""
+
+    class Recurrent(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.LSTM(WIDTH, 5, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.act(self.body(x[:, None])[0][:, 0]))
+
+    found = []
+    for traced in (False, True):
+        model = Recurrent()
+        wrapped = torch.compile(model, backend="eager")
+        if traced:
+            tracer = make(wrapped, {"body": "body"}, repeat="all")
+            inputs, _ = run(tracer)
+            assert torch.equal(stored(tracer)["body"], model.body(inputs[:, None])[0].detach())
+        else:
+            wrapped(batch())
+        found.append((counters["stats"]["unique_graphs"], dict(counters["graph_break"])))
+        torch._dynamo.reset()
+        counters.clear()
+    assert found[0] == found[1]
+
+
+class Step:
+    """A training step that calls a tracer, as a function to be compiled."""
+
+    def __init__(self, model: nn.Module, call: Any) -> None:
+        self.call, self.optimizer = call, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def __call__(
+        self, inputs: torch.Tensor, labels: torch.Tensor, ids: list[int], epoch: int
+    ) -> torch.Tensor:
+        logits = self.call(inputs * 1, labels, ids, "train", epoch)
+        loss = nn.functional.cross_entropy(logits, labels) + 1
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss * 2
+
+
+@pytest.mark.parametrize("how", ["plain", "in whole", "in place"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_tracer_may_be_called_within_a_compiled_training_step(how: str, backend: str, make: Any) -> None:
+    """It was read by the compiler, which warned of our functions or failed in them."""
+    parameters, losses = [], []
+    for traced in (True, False):
+        torch.manual_seed(1)
+        model = Net()
+        wrapped = model if how == "plain" else compile_it(model, how, backend)
+        tracer = make(wrapped, {"body": "body"}, repeat="all") if traced else None
+        step = Step(
+            model, tracer or torch.compiler.disable(lambda inputs, *_, wrapped=wrapped: wrapped(inputs))
+        )
+        run_step = torch.compile(step.__call__, backend=backend)
+        for epoch in range(3):
+            inputs = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(epoch))
+            with torch.no_grad():
+                expected = model.body(inputs)
+            losses.append(run_step(inputs, torch.arange(BATCH) % 3, list(range(BATCH)), epoch))
+            if tracer is not None:
+                torch.testing.assert_close(stored(tracer, epoch)["body"], expected)
+        parameters.append(list(model.parameters()))
+        if tracer is not None:
+            assert tracer.stats().rows_submitted == 3 * BATCH
+            assert not [text for text in counters["graph_break"] if "ml_debugger._core" in text]
+        counters.clear()
+    assert all(map(torch.equal, *parameters))
+    assert torch.equal(torch.stack(losses[:3]), torch.stack(losses[3:]))
+
+
+def test_with_fullgraph_a_compiled_step_with_a_tracer_says_what_to_do(make: Any) -> None:
+    model = Net()
+    tracer = make(model, {"body": "body"})
+    step = torch.compile(lambda x: tracer(x, None, [1, 2]) * 2, backend="eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="compile the model, and call its tracer in plain"
+    ):
+        step(batch(2))
+    assert tracer.stats().rows_submitted == 0
+
+
 def test_the_operator_is_ordered_and_kept_out_of_cuda_graphs() -> None:
     from torch._higher_order_ops.effects import has_effects
 

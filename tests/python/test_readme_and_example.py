@@ -16,6 +16,7 @@ import ml_debugger
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "digits.py"
+SEGMENTATION = ROOT / "examples" / "segmentation.py"
 README = ROOT / "README.md"
 EPOCHS = 2
 MAX_SECONDS = 100
@@ -178,6 +179,27 @@ def test_example_is_deterministic_and_starts_anew_each_time(
     assert COMPARISON.findall(again.stdout) == COMPARISON.findall(example.stdout)
     first, second = (folder / "out.zip").read_bytes(), (folder / "again" / "digits_cnn_v1.zip").read_bytes()
     assert first == second
+
+
+def test_segmentation_example_records_masks_and_scores(folder: Path) -> None:
+    result = run(SEGMENTATION, "--epochs", "3", "--data-dir", "masks", folder=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    means = re.findall(r"^epoch (\d): 96 images, mean IoU ([\d.]+), worst ", result.stdout, re.M)
+    assert [int(epoch) for epoch, _ in means] == [0, 1, 2]
+    assert float(means[2][1]) > 1.5 * float(means[0][1])
+    trace = ml_debugger.open_trace("segmentation", "v1", data_dir=folder / "masks")
+    last = {table: trace.arrays(table, n_epoch=2) for table in ("extracted_feature", "ground_truth")}
+    features, truth = last["extracted_feature"], last["ground_truth"]
+    assert features["encoded"].shape == (96, 32, 8, 8)
+    assert features["logits"].shape == (96, 3, 16, 16)
+    assert sorted(map(int, truth["input_id"])) == list(range(96))
+    # Intersection over union again, in numpy.
+    predicted, masks = features["logits"].argmax(1).reshape(96, -1), truth["label"]
+    for number in range(3):
+        ours, theirs = predicted == number, masks == number
+        union = (ours | theirs).sum(1)
+        scores = np.where(union > 0, (ours & theirs).sum(1) / np.maximum(union, 1), 1)
+        assert np.allclose(truth["iou"][:, number], scores, atol=1e-6)
 
 
 def test_example_fails_when_the_export_holds_something_else(folder: Path) -> None:

@@ -10,25 +10,28 @@ graph that outlives its tracer finds nothing under it, and does nothing.
 By default compiled code does not look whether a module has hooks: code from before a hook, and code of an
 unhooked module of the same class, run in place of the hooked one. `forget_compiled_code` sees to the first,
 `settings` to the second.
+
+The call of a tracer in a function that is compiled itself is a graph break there: see `outside_of_graphs`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ml_debugger import _core
 from ml_debugger.errors import InvalidInputError
-from ml_debugger.tracer.outputs import PathKey, iterate_tensors, pick
+from ml_debugger.tracer.outputs import OutputPicker, PathKey, iterate_tensors, pick
 
 _COMPILER = "torch._dynamo"
 _numbers = itertools.count()
@@ -128,6 +131,42 @@ def forget_compiled_code() -> None:
             code = reference()
             if code is not None:
                 reset_code(code)
+
+
+# ``outside_of_graphs(function, *arguments)`` calls a function that the compiler must not read, nor what that
+# calls, except what is compiled by itself. Only the compiler can make it, so it exists from its first use on;
+# the compiler itself looks an attribute of a module up as Python does.
+outside_of_graphs: Callable[..., Any]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name != "outside_of_graphs":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        reason = "with fullgraph=True compile the model, and call its tracer in plain Python"
+        takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.7 on
+        options = {"reason": reason} if takes_reason else {}
+        globals()[name] = torch.compiler.disable(call_of_a_tracer, **options)
+        return globals()[name]
+
+
+def call_of_a_tracer(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Has a name that says in the compiler's messages what it is."""
+    return function(*arguments)
+
+
+def hide_pickers() -> None:
+    """Keep the compiler from reading what our hooks call where it runs a module as it is written.
+
+    There, such as in a recurrent layer, it looks at each Python function that begins. Only a function that it
+    has marked itself is left out, so the class changes when the compiler is there. Idempotent.
+    """
+    written = OutputPicker.__call__
+    if not hasattr(written, "__wrapped__"):
+        disable: Any = torch.compiler.disable
+        hidden = disable(written)
+        hidden.__wrapped__ = written
+        OutputPicker.__call__ = hidden  # type: ignore[method-assign]
 
 
 class CompilerSettings:

@@ -60,6 +60,7 @@ class HookSet:
         compiled.settings.need(self)
         if not self._knows_compiler:
             self._knows_compiler = True
+            compiled.hide_pickers()
             compiled.forget_compiled_code()
         self._state.is_compiler_ready = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from ml_debugger.errors import (
 )
 from ml_debugger.stats import TracerStats
 from ml_debugger.store.layout import VersionInfo, check_name
+from ml_debugger.tracer import compiled
 from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, parse_values
 from ml_debugger.tracer.description import CapturedColumn, Columns
 from ml_debugger.tracer.fields import FieldValue, parse_fields
@@ -218,6 +220,20 @@ class TorchTracer:
             DiskBudgetError: The trace has reached ``max_bytes``.
             StorageError: The storage has failed for good and ``on_error="raise"``.
         """
+        arguments = (self, model_input, ground_truth, input_ids, dataset_type, n_epoch, kwargs)
+        if compiled.is_loaded():
+            return compiled.outside_of_graphs(TorchTracer._call, *arguments)
+        return TorchTracer._call(*arguments)
+
+    def _call(
+        self,
+        model_input: Any,
+        ground_truth: Any,
+        input_ids: Any,
+        dataset_type: str,
+        n_epoch: int | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
         if self._closed:
             raise self._closed_error("a call")
         if self._session is None or self._recorder.inert or not self._is_recorded():
@@ -416,11 +432,14 @@ class TorchTracer:
     def _warn_of_failure(self) -> None:
         if self._recorder.failed and not self._warned:
             self._warned = True
+            frame, depth = sys._getframe(), 1
+            while frame.f_back is not None and frame.f_code is not TorchTracer.__call__.__code__:
+                frame, depth = frame.f_back, depth + 1
             warnings.warn(
                 f"the storage of trace {self._model_name!r} / {self._version_name!r} has failed: recording "
                 "stops, training goes on, stats() counts what is lost",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=depth + 1,
             )
 
     def get_hooked_features(self, layer_name: str) -> torch.Tensor:
