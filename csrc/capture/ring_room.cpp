@@ -63,6 +63,12 @@ bool RingRoom::take_slow(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* s
 bool RingRoom::wait(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot, WaitHooks& hooks) {
   Runtime& runtime = *call.runtime;
   const RecorderOptions& options = attempt_.options();
+  const bool may_lose = options.on_error == OnError::kWarn;
+  // Waited for long enough already: while nothing has moved since, no call waits again.
+  if (may_lose && runtime.ring().tail() == stalled_tail_.load(std::memory_order_relaxed)) {
+    runtime.wake();
+    return lose(call, LossCause::kStall);
+  }
   const StallClock stall(attempt_.ledger());
   for (;;) {
     const std::uint64_t seen = runtime.progress();
@@ -72,7 +78,10 @@ bool RingRoom::wait(ThreadCall& call, std::size_t slot_bytes, Ring::Slot* slot, 
       return false;
     }
     if (stall.elapsed() >= options.stall_timeout) {
-      if (options.on_error == OnError::kWarn) return lose(call, LossCause::kStall);
+      if (may_lose) {
+        stalled_tail_.store(runtime.ring().tail(), std::memory_order_relaxed);
+        return lose(call, LossCause::kStall);
+      }
       throw Error(
           ErrorKind::kTraceStall,
           "the ring stayed full for stall_timeout_s=" +

@@ -45,6 +45,8 @@ class RingRoom {
 
   AttemptState& attempt_;
   std::atomic<std::uint64_t> high_water_bytes_{0};
+  // Where the ring's tail stood when a wait last ended by its timeout. relaxed: it spares waits.
+  std::atomic<std::uint64_t> stalled_tail_{UINT64_MAX};
 };
 
 }  // namespace mld

@@ -241,6 +241,19 @@ TEST(block_with_warn_discards_after_the_stall_timeout) {
   CHECK_EQ(stored.gaps[0].first_call, taken + 1);
 }
 
+TEST(block_with_warn_waits_once_for_a_disk_that_does_not_move) {
+  GatedTrace trace(with(OverflowPolicy::kBlock, OnError::kWarn, 300ms));
+  trace.fill();  // ends with a call that was lost after the wait
+  const auto begin = Clock::now();
+  for (int call = 0; call < 20; ++call) CHECK(!trace.call(1));
+  CHECK(Clock::now() - begin < 3s);  // twenty waits would take six
+  CHECK_EQ(trace.counters().stalls, 1);
+  trace.gate->open();
+  support::flush(*trace.recorder, 20s);
+  CHECK(trace.call(1));
+  CHECK(support::is_conserved(trace.counters()));
+}
+
 TEST(flush_keeps_its_deadline) {
   GatedTrace trace(with(OverflowPolicy::kBlock));
   CHECK(trace.call(1));
