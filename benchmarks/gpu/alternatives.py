@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import setting as settings
+from benchmarks.harness import setting as settings
 from benchmarks.gpu.models import Trainer, synchronize
-from benchmarks.gpu.setting import Setting
+from benchmarks.harness.setting import Setting
 from benchmarks.gpu.step_time import (
     Workload,
     check_stored,

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import setting as settings
+from benchmarks.harness import setting as settings
 from benchmarks.gpu.models import CLASSES, Mlp, ResNet, Trainer, synchronize
-from benchmarks.gpu.setting import Setting
+from benchmarks.harness.setting import Setting
 from benchmarks.harness.blocks import (
     LEAST_STEPS,
     Arm,
