@@ -1,4 +1,4 @@
-"""Lance: a fragment a step appended to a dataset, in a thread (an append in the hook waits for its manifest)."""
+"""Lance: a fragment a step appended to a dataset, in a thread: each append writes a manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TorchLens: logs the layers of each forward; what it keeps is appended to a list, nothing reaches a disk.
+"""TorchLens: records chosen operations of each forward into memory; nothing reaches a disk.
 
 It has no writer of its own for many steps, so this is the cost of watching alone.
 """
@@ -23,15 +23,30 @@ class TorchLensLog(Baseline):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        # It knows operations by the innermost module that ran them.
+        self.addresses = {
+            column: ".".join(
+                filter(None, (path, list(self.model.get_submodule(path).named_modules())[-1][0]))
+            )
+            for column, path in self.layers.items()
+        }
         self.steps: deque[dict[str, np.ndarray]] = deque(maxlen=KEPT_STEPS)
 
     def forward(self, inputs: torch.Tensor, labels: torch.Tensor, ids: list[str]) -> torch.Tensor:
         import torchlens
 
-        watched = [*self.layers.values(), "output"]
-        log = torchlens.log_forward_pass(self.model, inputs, layers_to_save=watched)
-        step = {column: log[path].activation.detach() for column, path in self.layers.items()}
-        logits: torch.Tensor = log["output"].activation
+        addresses = set(self.addresses.values())
+        logits, record = torchlens.record(
+            self.model,
+            inputs,
+            save=lambda context: context.address in addresses,
+            backward_ready=True,
+            return_output=True,
+        )
+        step = {
+            column: record.activations_by_address(address)[-1].detach()
+            for column, address in self.addresses.items()
+        }
         self.steps.append(
             {
                 "input_id": list(ids),

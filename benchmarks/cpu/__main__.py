@@ -1,4 +1,4 @@
-"""Runs the CPU benchmarks one after the other: ``python -m benchmarks.cpu``, a few minutes; ``--full`` more."""
+"""Runs the CPU benchmarks one after the other: ``python -m benchmarks.cpu``; ``--full`` takes an hour."""
 
 from __future__ import annotations
 

@@ -121,6 +121,11 @@ def measure(setting: Setting) -> Findings:
     return Findings(setting.described(), samples, summary, "step time / untraced", bars, 1.0)
 
 
+def told(error: BaseException) -> str:
+    """The error, or what caused it in a thread, as one line."""
+    return "".join(traceback.format_exception_only(error.__cause__ or error)).strip()[:500]
+
+
 def versions_of(tools: list[type[Baseline]]) -> dict[str, str]:
     """Of the packages that the tools use."""
     owners = importlib.metadata.packages_distributions()
@@ -151,7 +156,7 @@ def time_job(
             arm.run(3)
             arm.drain()
         except Exception as error:
-            failed[tool.name] = "".join(traceback.format_exception_only(error)).strip()[:500]
+            failed[tool.name] = told(error)
             continue
         arms[tool.name], opened[tool.name], trainers[tool.name] = arm, baseline, trainer
     blocks = time_arms_fairly(setting, arms)
@@ -167,7 +172,7 @@ def time_job(
         try:
             check_stored(trainers[name], baseline, arms[name])
         except Exception as error:
-            failed[name] = "".join(traceback.format_exception_only(error)).strip()[:500]
+            failed[name] = told(error)
             continue
         summary["arms"][name] = {
             **compared(blocks, name, UNTRACED),

@@ -14,7 +14,9 @@ Excluded: loading data, the first call (which finds the head), reading back.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ from benchmarks.harness.blocks import (
 )
 from benchmarks.harness.results import Bar, Findings
 from benchmarks.harness.setting import Setting
-from ml_debugger import TracerConfig
+from ml_debugger import TracerConfig, open_trace
 from ml_debugger.training import ClassificationTracer
 
 NAME = "cpu_training_overhead"
@@ -69,15 +71,15 @@ def measure(setting: Setting) -> Findings:
     return Findings(options, samples, summary, "step time, traced / untraced", bars, TARGET_RATIO)
 
 
-class one_thread:  # noqa: N801 - used as a context like those of contextlib
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
     """torch computes on one thread inside of it."""
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self._before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def time_batch_size(setting: Setting, batch_size: int) -> tuple[list[Block], dict[str, Any]]:
@@ -181,6 +183,4 @@ def check_recorded(
 
 
 def _columns(folder: Path, version: str) -> list[str]:
-    from ml_debugger import open_trace
-
     return list(open_trace("benchmark", version, data_dir=folder).columns("extracted_feature"))

@@ -22,6 +22,7 @@ from benchmarks.instructions.counting import (
     grown,
     record,
     recorded_counts,
+    side_by_side,
 )
 
 NOT_COMPARED_STATUS = 3
@@ -41,9 +42,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(counts, indent=1))
     else:
-        for name, value in counts.items():
-            was = f"{before[name]:>10,}" if name in before else " " * 10
-            print(f"  {name:<26} {value:>10,} instructions, recorded {was}")
+        print(side_by_side(before, counts))
     if options.record:
         record(counts)
         return 0

@@ -101,7 +101,7 @@ def read_dumps(folder: Path) -> Dumps:
 
 
 def derive(dumps: Dumps) -> dict[str, int]:
-    """Counts of one hook, one call and one commit.
+    """Counts of one hook, of one call, and of what the writer makes of it.
 
     Raises:
         CannotCountError: A dump is missing.
@@ -124,8 +124,6 @@ def derive(dumps: Dumps) -> dict[str, int]:
         commits = [total(f"{name}/commit") for name in (few, many)]
         a_call = (commits[1] - commits[0]) / (MANY_CALLS - FEW_CALLS)
         counts[f"writer, a call of B = {batch_size}"] = a_call
-        if batch_size == BATCHES[0]:
-            counts["writer, a commit"] = commits[0] - FEW_CALLS * a_call
     few_rows, many_rows = BATCHES[0], BATCHES[-1]
     counts["writer, a row"] = (
         counts[f"writer, a call of B = {many_rows}"] - counts[f"writer, a call of B = {few_rows}"]
@@ -143,6 +141,15 @@ def grown(recorded: dict[str, int], counted: dict[str, int]) -> list[str]:
         elif now > before * ALLOWED_GROWTH:
             complaints.append(f"{name}: {before} instructions before, {now} now ({now / before - 1:+.0%})")
     return complaints
+
+
+def side_by_side(recorded: dict[str, int], counted: dict[str, int]) -> str:
+    """A table of both."""
+    lines = []
+    for name, value in counted.items():
+        before = f"{recorded[name]:>10,}" if name in recorded else "         -"
+        lines.append(f"  {name:<26} {value:>10,} instructions, recorded {before}")
+    return "\n".join(lines)
 
 
 def recorded_counts() -> dict[str, dict[str, int]]:

@@ -308,7 +308,9 @@ def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
         if type(tensor) is not torch.Tensor and hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
             parts = [getattr(tensor, name) for name in names]  # of DTensor also its mesh
-            return [storage for part in parts if isinstance(part, torch.Tensor) for storage in _storages(part)]
+            return [
+                storage for part in parts if isinstance(part, torch.Tensor) for storage in _storages(part)
+            ]
         try:
             return [tensor.untyped_storage()]
         except (RuntimeError, NotImplementedError):
