@@ -140,7 +140,7 @@ def time_job(
     setting: Setting, tools: list[type[Baseline]], batch_size: int, layers: dict[str, str]
 ) -> tuple[list[Block], dict[str, Any]]:
     """Time all tools on one job; a tool that fails has its error in place of a figure."""
-    depth = 1 if setting.is_quick else depth_for_rate(batch_size, setting.seed)
+    depth = 0 if setting.is_quick else depth_for_rate(batch_size, setting.seed)
     untraced = make_trainer(batch_size, depth, setting.seed)
     trainers: dict[str, Trainer] = {}
     opened: dict[str, Baseline] = {}

@@ -1,10 +1,11 @@
 """Question: how long until a dropped epoch is invisible, and until its disk space is back?
 
-Method: epochs of one size are recorded, and files of as many bytes are written; in turn one epoch is dropped
-and one file is unlinked, on the disk. A second thread looks for the epoch's directory without a pause:
-invisible is when it is gone. The space is back when `drop_epoch_data` has returned. Sizes of 1 MiB to 256
-MiB (1 GiB in a full run) show whether the size matters. The remaining epoch is read back and compared; with
-a row lost there is no figure.
+Method: epochs of one size are recorded, and files of as many bytes are written; everything is synced, since
+an unlink waits for pages that are on their way to the disk. In turn one epoch is dropped and one file is
+unlinked, on the disk. A second thread looks for the epoch's directory without a pause: invisible is when it
+is gone. The space is back when `drop_epoch_data` has returned. Sizes of 1 MiB to 256 MiB (1 GiB in a full
+run) show whether the size matters. The remaining epoch is read back and compared; with a row lost there is
+no figure.
 
 Excluded: recording; what the filesystem does later.
 """
@@ -73,6 +74,7 @@ def time_drops(setting: Setting, megabytes: int) -> tuple[list[dict[str, float]]
         tracer.flush()
         losses = settings.losses_of(tracer)
         settings.check_nothing_lost(losses, "drop")
+        os.sync()
         for epoch in range(rounds):
             path = next(folder.glob(f"benchmark-*/drop-*/rank-*/epoch-{epoch}"))
             invisible_s, drop_s = watched_drop(tracer, epoch, path)
@@ -111,6 +113,8 @@ def unlink_file(setting: Setting, megabytes: int) -> float:
     with path.open("wb") as file:
         for _ in range(megabytes):
             file.write(os.urandom(4096) * 256)
+        file.flush()
+        os.fsync(file.fileno())  # else it has no blocks yet that an unlink would give back
     began = time.perf_counter()
     path.unlink()
     return time.perf_counter() - began

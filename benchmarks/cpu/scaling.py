@@ -2,9 +2,9 @@
 fork?
 
 Method: a model of three layers that compute nothing (256 floats a sample each), ids, labels, data on tmpfs.
-Batches: blocks of calls at B = 1 to 8192, drained within their time, in random order; the line through
-microseconds a call and bytes a call weighted by the calls' cost gives a and b, and the cost of a byte at
-each size is compared with b. Epochs: CPU time of a call at B = 32 while the epoch is always the same,
+Batches: blocks of calls at B = 1 to 8192, drained within their time; lines through wall and through CPU time
+a call against bytes a call, weighted so that each size counts alike, give a and b, and each size is compared
+with its line (by CPU time: at large sizes the wall is that of the memory behind tmpfs). Epochs: CPU time of a call at B = 32 while the epoch is always the same,
 changes every call between two, goes round robin through many, or rises with every call (as many epochs as
 calls), over that of one epoch. Fork: seconds of the first call after `os.fork`, with the child alive, over
 that of an ordinary one. Memory and handles: anonymous and locked memory, descriptors and threads over many
@@ -99,7 +99,7 @@ def measure(setting: Setting) -> Findings:
         settings.empty_folder(setting.memory_dir)
     bars = [
         Bar("a: us a call at no bytes", batches["a_us"]),
-        Bar("b at the largest batch / b of the line", batches["largest_over_line"]),
+        Bar("CPU time at the size that is furthest from the line / line", batches["furthest_from_line"]),
         *(Bar(f"epochs, {name}: CPU / one epoch", found["cpu_ratio"]) for name, found in epochs.items()),
         Bar("first call after a fork / a call", fork["first_over_ordinary"].median),
         Bar("anonymous memory, KiB over the last 80 %", memory["growth"]["RssAnon"] / 1024),
@@ -137,14 +137,16 @@ def time_batches(setting: Setting) -> tuple[dict[str, Any], dict[str, list[Block
         samples[str(size)] = blocks
         settings.empty_folder(setting.memory_dir)
     size_bytes = np.array([entry["bytes"] for entry in found.values()])
-    took_us = np.array([entry["us"] for entry in found.values()])
-    b, a = np.polyfit(size_bytes, took_us, 1, w=1 / took_us)
-    largest = (took_us[-1] - a) / size_bytes[-1]
+    lines = {}
+    for clock in ("us", "cpu_us"):
+        took = np.array([entry[clock] for entry in found.values()])
+        b, a = np.polyfit(size_bytes, took, 1, w=1 / took)
+        lines[clock] = {"a": float(a), "b": float(b), "at_sizes": (took / (a + b * size_bytes)).tolist()}
     summary = {
         "by_batch_size": found,
-        "a_us": float(a),
-        "b_us_a_byte": float(b),
-        "largest_over_line": float(largest / b),
+        "lines": lines,
+        "a_us": lines["us"]["a"],
+        "furthest_from_line": max(lines["cpu_us"]["at_sizes"], key=lambda ratio: abs(ratio - 1)),
         "losses": losses,
     }
     return summary, samples
@@ -223,6 +225,10 @@ def watch_memory(setting: Setting) -> tuple[dict[str, Any], list[dict[str, float
     """What the process holds, over many calls from two threads with epochs in turn."""
     calls = 200 if setting.is_quick else 1_000_000 if setting.is_full else 20_000
     recording = Recording(setting.memory_dir, "memory", 1)
+    for call in range(calls // 10):  # every epoch has its segment, every page has been touched
+        recording.call(call % 4)
+        if call % 50 == 0:
+            recording.tracer.flush()
     samples: list[dict[str, float]] = []
     failures: list[BaseException] = []
     begin = threading.Barrier(2)

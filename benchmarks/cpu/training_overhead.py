@@ -83,7 +83,7 @@ def one_thread() -> Iterator[None]:
 
 
 def time_batch_size(setting: Setting, batch_size: int) -> tuple[list[Block], dict[str, Any]]:
-    depth = 1 if setting.is_quick else depth_for_rate(batch_size, setting.seed)
+    depth = 0 if setting.is_quick else depth_for_rate(batch_size, setting.seed)
     untraced = make_trainer(batch_size, depth, setting.seed)
     places = {
         "features, tmpfs": (setting.memory_dir, FEATURE_LAYERS),
