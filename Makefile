@@ -20,7 +20,7 @@ export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 .DEFAULT_GOAL := help
 
 help: ## list these words
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Each word first sets up what it needs, in .venv and build/ inside the checkout. $(PYTHON) is the starting"
 	@echo "point (make PYTHON=...): if it has torch >= 2.4, that torch is used, also that of an active virtual"
@@ -50,7 +50,7 @@ bench-gpu: build-gpu ## what recording costs on a GPU, into OUT=benchmarks/resul
 bench: build ## what recording costs on this machine's CPU and disk (minutes), into OUT=benchmarks/results
 	@"$(PY)" -m benchmarks.cpu --out "$(OUT)" $(ARGS)
 
-bench-tools: build ## install the tools that bench compares with and matplotlib, into .venv (optional; those missing are skipped)
+bench-tools: build ## install into .venv what bench compares with, and matplotlib (optional: what is missing is skipped)
 	@cd scripts && "$(PY)" -c "import development_environment as d; d.pip_install(*d.requirements('benchmark'), *d.requirements('baselines'))"
 
 bench-full: build ## the same with more rounds, sizes and calls (an hour)
@@ -59,10 +59,10 @@ bench-full: build ## the same with more rounds, sizes and calls (an hour)
 report: build ## the README's table and its plot, from OUT=benchmarks/results
 	@"$(PY)" -m benchmarks.report --results "$(OUT)" $(ARGS)
 
-instructions: build ## instructions of the hook path and of the writer, against the recorded ones (needs valgrind)
+instructions: build ## count instructions of hook path and writer, fail if they have grown (needs valgrind)
 	@$(PLAIN_PYTEST) -s tests/instructions $(ARGS)
 
-instructions-record: build ## make what is counted now the recorded counts of this Python, torch, LMDB and compiler
+instructions-record: build ## make what is counted now the recorded counts of this environment
 	@"$(PY)" -m benchmarks.instructions --record
 
 demo: build ## train, record, export and read back a small classifier

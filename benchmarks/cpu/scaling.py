@@ -4,12 +4,12 @@ fork?
 Method: a model of three layers that compute nothing (256 floats a sample each), ids, labels, data on tmpfs.
 Batches: blocks of calls at B = 1 to 8192, drained within their time; lines through wall and through CPU time
 a call against bytes a call, weighted so that each size counts alike, give a and b, and each size is compared
-with its line (by CPU time: at large sizes the wall is that of the memory behind tmpfs). Epochs: CPU time of a call at B = 32 while the epoch is always the same,
-changes every call between two, goes round robin through many, or rises with every call (as many epochs as
-calls), over that of one epoch. Fork: seconds of the first call after `os.fork`, with the child alive, over
-that of an ordinary one. Memory and handles: anonymous and locked memory, descriptors and threads over many
-calls from two threads with epochs in turn, their slope over the last 80 %; 10^6 calls in a full run. What
-was stored is counted and read back in part; with a row lost there is no figure.
+with its line (by CPU time: at large sizes the wall is that of the memory behind tmpfs). Epochs: CPU time of
+a call at B = 32 while the epoch is always the same, changes every call between two, rises through many, or
+goes round robin through them, over that of one epoch. Fork: seconds of the first call after `os.fork`, with
+the child alive, over that of an ordinary one. Memory and handles: anonymous and locked memory, descriptors
+and threads over many calls from two threads with epochs in turn, their slope over the last 80 %; 10^6 calls
+in a full run. What was stored is counted and read back in part; with a row lost there is no figure.
 
 Excluded: opening and closing. The kernel's own memory for open files is not seen.
 """
