@@ -20,7 +20,8 @@ class ZarrAppend(Baseline):
         self.arrays: dict[str, Any] = {}
 
     def save(self, ids: list[str], columns: Columns) -> None:
-        self._append("input_id", np.array(ids, "S"))
+        # Its specification has no text of a fixed width: as bytes, as wide in every step.
+        self._append("input_id", np.array(ids, "S").view(np.uint8).reshape(len(ids), -1))
         for name, values in columns.items():
             self._append(name, values.numpy())
 
@@ -39,4 +40,5 @@ class ZarrAppend(Baseline):
 
         group = zarr.open_group(self.folder / "rows.zarr", mode="r")
         columns = {name: array[:] for name, array in group.arrays()}
-        return {**columns, "input_id": columns["input_id"].astype("U")}
+        ids = columns["input_id"]
+        return {**columns, "input_id": ids.view(f"S{ids.shape[1]}").reshape(-1).astype("U")}
