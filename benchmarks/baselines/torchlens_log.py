@@ -34,17 +34,17 @@ class TorchLensLog(Baseline):
 
     def forward(self, inputs: torch.Tensor, labels: torch.Tensor, ids: list[str]) -> torch.Tensor:
         import torchlens
+        from torchlens.fastlog import CaptureSpec
 
-        addresses = set(self.addresses.values())
+        addresses, copied = set(self.addresses.values()), CaptureSpec(save_out=True)
         logits, record = torchlens.record(
             self.model,
             inputs,
-            save=lambda context: context.address in addresses,
-            backward_ready=True,
+            save=lambda context: copied if context.address in addresses else False,
             return_output=True,
         )
         step = {
-            column: record.activations_by_address(address)[-1].detach()
+            column: record.activations_by_address(address)[-1].ram_payload
             for column, address in self.addresses.items()
         }
         self.steps.append(
