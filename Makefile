@@ -17,11 +17,11 @@ export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 
-.PHONY: help build build-gpu test test-core test-python test-faults model test-gpu bench-gpu soak matrix demo asan tsan lint format types docs clean
+.PHONY: help build build-gpu test test-core test-python test-faults model matrix test-gpu bench-gpu bench bench-full bench-tools report instructions instructions-record soak demo asan tsan lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these words
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Each word first sets up what it needs, in .venv and build/ inside the checkout. $(PYTHON) is the starting"
 	@echo "point (make PYTHON=...): if it has torch >= 2.4, that torch is used, also that of an active virtual"
@@ -54,6 +54,24 @@ test-gpu: build-gpu ## the tests that need an NVIDIA GPU (ARGS="-k name" picks s
 
 bench-gpu: build-gpu ## what recording costs on a GPU, into OUT=benchmarks/results (ARGS=--help)
 	@"$(PY)" -m benchmarks.gpu --out "$(OUT)" $(ARGS)
+
+bench: build ## what recording costs on this machine's CPU and disk (minutes), into OUT=benchmarks/results
+	@"$(PY)" -m benchmarks.cpu --out "$(OUT)" $(ARGS)
+
+bench-tools: build ## install into .venv what bench compares with, and matplotlib (optional: what is missing is skipped)
+	@cd scripts && "$(PY)" -c "import development_environment as d; d.pip_install(*d.requirements('benchmark'), *d.requirements('baselines'))"
+
+bench-full: build ## the same with more rounds, sizes and calls (an hour)
+	@"$(PY)" -m benchmarks.cpu --full --out "$(OUT)" $(ARGS)
+
+report: build ## the README's table and its plot, from OUT=benchmarks/results
+	@"$(PY)" -m benchmarks.report --results "$(OUT)" $(ARGS)
+
+instructions: build ## count instructions of hook path and writer, fail if they have grown (needs valgrind)
+	@$(PLAIN_PYTEST) -s tests/instructions $(ARGS)
+
+instructions-record: build ## make what is counted now the recorded counts of this environment
+	@"$(PY)" -m benchmarks.instructions --record
 
 demo: build ## train, record, export and read back a small classifier
 	@"$(PY)" examples/digits.py

@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import setting as settings
 from benchmarks.gpu.models import Trainer, synchronize
-from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.step_time import (
     Workload,
     check_stored,
@@ -32,6 +30,7 @@ from benchmarks.gpu.step_time import (
     traced_arm,
     untraced_arm,
 )
+from benchmarks.harness import setting as settings
 from benchmarks.harness.blocks import (
     LEAST_STEPS,
     Arm,
@@ -43,6 +42,7 @@ from benchmarks.harness.blocks import (
     step_seconds,
 )
 from benchmarks.harness.results import Bar, Findings
+from benchmarks.harness.setting import Setting
 from ml_debugger import TracerConfig
 from ml_debugger.training import ClassificationTracer
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu import setting as settings
 from benchmarks.gpu.models import synchronize
-from benchmarks.gpu.setting import Setting
+from benchmarks.harness import setting as settings
 from benchmarks.harness.estimates import describe_samples, estimate_median
 from benchmarks.harness.results import Bar, Findings
+from benchmarks.harness.setting import Setting
 from ml_debugger import TracerConfig
 from ml_debugger.training import ClassificationTracer
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import setting as settings
 from benchmarks.gpu.bandwidth import MIB, Passing
 from benchmarks.gpu.models import synchronize
-from benchmarks.gpu.setting import Setting
+from benchmarks.harness import setting as settings
 from benchmarks.harness.estimates import estimate_median
 from benchmarks.harness.results import Bar, Findings
+from benchmarks.harness.setting import Setting
 from ml_debugger import TracerConfig
 from ml_debugger.training import ClassificationTracer
 

@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import setting as settings
 from benchmarks.gpu.models import CLASSES, Mlp, ResNet, Trainer, synchronize
-from benchmarks.gpu.setting import Setting
+from benchmarks.harness import setting as settings
 from benchmarks.harness.blocks import (
     LEAST_STEPS,
     Arm,
@@ -39,6 +38,7 @@ from benchmarks.harness.blocks import (
     step_seconds,
 )
 from benchmarks.harness.results import Bar, Findings
+from benchmarks.harness.setting import Setting
 from ml_debugger import TracerConfig
 from ml_debugger.training import ClassificationTracer
 

@@ -209,6 +209,8 @@ void bind_recorder(py::module_& module) {
       .def("counters", &counters)
       .def("close", &close, py::arg("timeout_s"));
   module.def("device_report", &device_report);
+  module.def(
+      "is_dense", [](py::handle tensor) { return is_dense(tensor.ptr()); }, py::arg("tensor"));
 }
 
 }  // namespace mld

@@ -73,7 +73,7 @@ struct Torch {
   PyObject* int8 = nullptr;
   PyObject* uint8 = nullptr;
   PyObject* count_modes = nullptr;  // function: how many TorchDispatchModes are active
-  PyObject* graph_task = nullptr;  // function: number of the backward that runs in this thread
+  PyObject* graph_task = nullptr;   // function: number of the backward that runs in this thread
 };
 
 bool g_use_exchange_api = true;
@@ -193,6 +193,15 @@ std::int64_t first_dimension(PyObject* tensor) noexcept {
   const bool is_dense = is_contiguous(raw) && !is_complex(raw.dtype);
   if (!is_dense && is_watched()) return -1;  // to make it dense takes operators
   return raw.shape[0];
+}
+
+bool is_dense(PyObject* tensor) {
+  if (exchange_api() == nullptr || Py_TYPE(tensor) != torch().tensor) return false;
+  dlpack::Tensor raw{};
+  if (!borrow_raw(tensor, &raw) || raw.data == nullptr) return false;
+  const bool is_here = raw.device.type == dlpack::kCpu || raw.device.type == dlpack::kCuda;
+  return is_here && is_contiguous(raw) && !is_complex(raw.dtype) &&
+         has_storable_dtype(tensor, raw.dtype) && !has_flag(tensor, torch().is_neg);
 }
 
 TensorSource::TensorSource(py::handle tensor)

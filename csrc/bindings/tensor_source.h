@@ -50,6 +50,10 @@ class TensorSource final : public ByteSource {
 // Size of the first dimension; -1 for a scalar and for what cannot be stored as it stands.
 [[nodiscard]] std::int64_t first_dimension(PyObject* tensor) noexcept;
 
+// Whether `tensor` is exactly a torch.Tensor whose dense bytes can be stored as they stand. False
+// says only that a closer look is needed.
+[[nodiscard]] bool is_dense(PyObject* tensor);
+
 // Whether the calling thread runs inside autograd's backward, where activation checkpointing
 // computes layers anew.
 [[nodiscard]] bool is_in_backward();

@@ -2,8 +2,10 @@
 // (https://github.com/msgpack/msgpack, spec.md). The core only writes msgpack; Python reads it.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <string_view>
 
@@ -17,8 +19,7 @@ class MsgpackWriter {
   void integer(std::int64_t value) {
     if (value >= 0) return unsigned_integer(static_cast<std::uint64_t>(value));
     if (value >= -32) return byte(static_cast<std::uint8_t>(value));
-    byte(0xD3);
-    big_endian(static_cast<std::uint64_t>(value), 8);
+    tagged(0xD3, static_cast<std::uint64_t>(value), 8);
   }
   void unsigned_integer(std::uint64_t value) {
     if (value < 128) return byte(static_cast<std::uint8_t>(value));
@@ -30,12 +31,15 @@ class MsgpackWriter {
   // Always five bytes, so that a checksum behind a value has a fixed place.
   void uint32(std::uint32_t value) { tagged(0xCE, value, 4); }
   void string(std::string_view text) {
-    if (text.size() < 32) {
-      byte(static_cast<std::uint8_t>(0xA0 | text.size()));
+    if (text.size() < kShortString) {
+      std::array<char, kShortString> encoded{};
+      encoded[0] = static_cast<char>(0xA0 | text.size());
+      std::memcpy(encoded.data() + 1, text.data(), text.size());
+      out_->append(encoded.data(), 1 + text.size());
     } else {
       tagged(0xDB, text.size(), 4);
+      out_->append(text);
     }
-    out_->append(text);
   }
   void binary(std::string_view bytes) {
     binary_head(bytes.size());
@@ -58,14 +62,18 @@ class MsgpackWriter {
 
  private:
   void byte(std::uint8_t value) { out_->push_back(static_cast<char>(value)); }
+  // Byte by byte would grow the string byte by byte: this is most of what a small call costs the
+  // writer.
   void tagged(std::uint8_t tag, std::uint64_t value, int bytes) {
-    byte(tag);
-    big_endian(value, bytes);
+    std::array<char, 1 + sizeof value> encoded{};
+    encoded[0] = static_cast<char>(tag);
+    for (int place = 0; place < bytes; ++place)
+      encoded[static_cast<std::size_t>(bytes - place)] = static_cast<char>(value >> (8 * place));
+    out_->append(encoded.data(), static_cast<std::size_t>(1 + bytes));
   }
-  void big_endian(std::uint64_t value, int bytes) {
-    for (int shift = (bytes - 1) * 8; shift >= 0; shift -= 8)
-      byte(static_cast<std::uint8_t>(value >> shift));
-  }
+
+  // msgpack's fixstr: below this the tag holds the size.
+  static constexpr std::size_t kShortString = 32;
 
   std::string* out_;
 };

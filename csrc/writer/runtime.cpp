@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 
 #include "errors.h"
 #include "process.h"
@@ -18,6 +19,8 @@ namespace {
 constexpr std::size_t kSmallestRingBytes = std::size_t{64} << 10;
 constexpr std::uint64_t kLargestPieceBytes = std::uint64_t{1} << 20;
 constexpr auto kWaitSlice = std::chrono::milliseconds(50);
+// However long a tracer lets rows wait, the house is kept now and then.
+constexpr std::chrono::nanoseconds kLongestSleep = std::chrono::seconds(60);
 constexpr auto kCopyPoll = std::chrono::milliseconds(1);
 constexpr auto kCopyPatience = std::chrono::seconds(10);
 constexpr auto kStatusInterval = std::chrono::milliseconds(200);
@@ -83,9 +86,9 @@ Runtime::Runtime(std::size_t ring_bytes, const DeviceOptions& device)
       max_piece_bytes_(piece_bytes_for(arena_.bytes())),
       writer_(ring_, &stager_) {
   sem_init(&wake_signal_, 0, 0);
-  group_bytes_.store(std::uint64_t{32} << 20, std::memory_order_relaxed);
+  group_bytes_.store(std::numeric_limits<std::uint64_t>::max(), std::memory_order_relaxed);
   wake_granules_.store(arena_.bytes() / 2 / Ring::kGranuleBytes, std::memory_order_relaxed);
-  interval_ns_.store(std::int64_t{500} * 1000 * 1000, std::memory_order_relaxed);
+  interval_ns_.store(kLongestSleep.count(), std::memory_order_relaxed);
   // All signals stay with the user's threads.
   sigset_t all, before;
   sigfillset(&all);

@@ -192,5 +192,8 @@ def crc32c(data: Buffer, crc: int = 0) -> int:
 def device_report() -> dict[str, Any]:
     """Copies from CUDA devices by kind, driver errors, whether the ring is pinned; {} without a ring."""
 
+def is_dense(tensor: object) -> bool:
+    """Whether this is exactly a torch.Tensor whose bytes can be stored as they stand; else look closer."""
+
 def is_locked(path: str) -> bool:
     """Whether a process holds the writer lock file ``path``; False if there is none."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ml_debugger import _core
 from ml_debugger.errors import InvalidInputError, MlDebuggerError
 
 PathKey = int | str
@@ -251,6 +252,8 @@ def plain_tensor(tensor: torch.Tensor, what: str, hint: str = _PLAIN_HINT) -> to
         InvalidInputError: Sparse, nested, quantized, on the meta device, inside of a ``torch.func``
             transform, of a dtype or subclass without a dense form.
     """
+    if _core.is_dense(tensor):
+        return tensor.detach() if tensor.requires_grad else tensor
     if type(tensor) in _PLAIN_TYPES:
         refusal = _refusal(tensor)
     else:

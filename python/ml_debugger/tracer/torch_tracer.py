@@ -407,9 +407,12 @@ class TorchTracer:
                 f"there are {len(ids)} input_ids now, {call.batch_size} came with the call",
                 "keep one id a sample",
             )
-        call.dataset_type = check_dataset_type(keywords.pop("dataset_type", call.dataset_type))
-        epoch = check_epoch(keywords.pop("n_epoch", None if call.epoch < 0 else call.epoch))
-        if epoch != call.epoch:
+        dataset_type = keywords.pop("dataset_type", call.dataset_type)
+        if dataset_type is not call.dataset_type:
+            call.dataset_type = check_dataset_type(dataset_type)
+        before = None if call.epoch < 0 else call.epoch
+        epoch = keywords.pop("n_epoch", before)
+        if epoch is not before and check_epoch(epoch) != call.epoch:
             raise InvalidInputError(
                 f"n_epoch became {epoch}, the call began with {call.epoch}", "pass it with the call"
             )

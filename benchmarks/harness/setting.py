@@ -30,6 +30,7 @@ class Setting:
         memory_dir: Empty folder on tmpfs, for the software's own cost.
         disk_dir: Empty folder on a disk.
         seed: Of orders and contents.
+        is_full: More of everything; takes an hour rather than minutes.
     """
 
     device: torch.device
@@ -37,12 +38,14 @@ class Setting:
     memory_dir: Path
     disk_dir: Path
     seed: int
+    is_full: bool = False
 
     def described(self) -> dict[str, Any]:
         """For the results."""
         return {
             "device": str(self.device),
             "quick": self.is_quick,
+            "full": self.is_full,
             "seed": self.seed,
             "memory_filesystem": filesystem_of(self.memory_dir),
             "disk_filesystem": filesystem_of(self.disk_dir),

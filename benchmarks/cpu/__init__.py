@@ -1,0 +1,1 @@
+"""What recording costs on a CPU and a disk; a file for each question."""
