@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -190,8 +191,10 @@ def test_an_endpoint_that_fails_is_status_one(data_dir: Path, tmp_path: Path) ->
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo terminal")
 def test_progress_is_shown_on_a_terminal_only(data_dir: Path, tmp_path: Path) -> None:
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     write_trace(data_dir)
     leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     try:
         options = ["--data-dir", str(data_dir), "--endpoint", str(tmp_path / "there")]
         done = subprocess.run(
@@ -205,6 +208,19 @@ def test_progress_is_shown_on_a_terminal_only(data_dir: Path, tmp_path: Path) ->
         os.close(leader)
         os.close(follower)
     assert done.returncode == 0 and b"upload: " in shown and b"upload: " not in done.stdout
+
+
+def test_sending_imports_no_torch(data_dir: Path, tmp_path: Path) -> None:
+    write_trace(data_dir)
+    arguments = ["upload", "net", "v1", "--data-dir", str(data_dir), "--endpoint", str(tmp_path / "there")]
+    code = (
+        "import sys\nfrom ml_debugger.cli.app import cli\n"
+        f"try: cli({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("sent ") and done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 # serve
