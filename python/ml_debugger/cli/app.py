@@ -20,8 +20,10 @@ _COMMANDS = {
     "ls": ("ml_debugger.cli.listing", "List the traces."),
     "info": ("ml_debugger.cli.listing", "Show what a trace holds, live while a tracer writes to it."),
     "export": ("ml_debugger.cli.exporting", "Write a trace into a ZIP of npy or Parquet files."),
+    "upload": ("ml_debugger.cli.uploading", "Send a trace to an endpoint; only what that does not hold."),
     "drop": ("ml_debugger.cli.dropping", "Delete an epoch, or all rows, of a trace."),
     "verify": ("ml_debugger.cli.verifying", "Check every byte of a trace; exit status 1 if one is damaged."),
+    "serve": ("ml_debugger.cli.serving", "Run a collector, which takes uploads."),
 }
 
 
@@ -75,7 +77,7 @@ def _plain_errors() -> Iterator[None]:
 )
 @click.pass_context
 def cli(ctx: click.Context, data_dir: str | None) -> None:
-    """Look at what a training run has recorded, export it, check it, delete it.
+    """Look at what a training run has recorded, export it, send it, check it, delete it.
 
     A trace is named by its MODEL and its VERSION. Figures come as JSON with --json. Exit status: 0 fine, 1
     failed, damage found or unknown trace, 2 wrong usage.
