@@ -189,7 +189,7 @@ class Run:
     gradients: list[torch.Tensor | None] = field(default_factory=list)
     state: list[torch.Tensor] = field(default_factory=list)  # parameters, buffers, RNG
     graphs: int = 0
-    graph_breaks: int = 0
+    graph_breaks: dict[str, int] = field(default_factory=dict)  # by reason
 
     WHAT: ClassVar = ("outputs", "outputs_of_twin", "gradients", "state")
 
@@ -280,7 +280,7 @@ class Training:
         tensors = [*self.model.parameters(), *self.model.buffers(), torch.get_rng_state()]
         self.run.state = [local(tensor) for tensor in tensors]
         self.run.graphs = counters["stats"]["unique_graphs"]
-        self.run.graph_breaks = sum(counters["graph_break"].values())
+        self.run.graph_breaks = dict(counters["graph_break"])
         torch._dynamo.reset()
         return self.run
 
@@ -352,7 +352,10 @@ def try_cell(cell: Cell, make: Callable[[nn.Module, dict[str, str]], Classificat
     traced = run_traced(cell, make)
     expect_recorded(cell, traced, seen)
     traced.expect_same(witnessed, "the run of the same graph with another operator in place of ours")
-    assert traced.graph_breaks == untraced.graph_breaks
+    if cell.wrapper == "averaged":  # the twin without hooks is compiled apart, and counts its own anew
+        assert traced.graph_breaks.keys() == untraced.graph_breaks.keys()
+    else:
+        assert traced.graph_breaks == untraced.graph_breaks
     assert (traced.graphs > 0) == (untraced.graphs > 0)
     if cell.how.is_inductor and cell.how.half:
         return SAME_GRAPH  # whether it is an untraced run's too is the luck of a machine's fusions
