@@ -348,3 +348,11 @@ def test_progress_is_shown_on_a_terminal_only(store: Path, tmp_path: Path) -> No
         os.close(follower)
     assert done.returncode == 0 and b"export: 100 %" in shown
     assert done.stdout.strip() == str(tmp_path / "model_v1.zip").encode()
+
+
+def test_bench_says_which_part_limits_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    report = fine_json("bench", "--quick", "--data-dir", tmp_path / "data")
+    assert report["limit"] in ("hook", "ring", "disk")
+    assert report["advice"]
+    assert report["hook_us"] > 0
+    assert list((tmp_path / "data").iterdir()) == []
