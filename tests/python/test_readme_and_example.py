@@ -90,7 +90,9 @@ def test_python_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path) -> 
     base = "'row_id', 'input_id', 'dataset_type', 'n_epoch'"
     assert lines[1] == f"[0, 1, 2] [{base}, 'hidden', 'logits'] [{base}, 'label']"
     # 512 samples in batches of 64: the third epoch is the calls 16 to 23.
-    assert lines[3:] == [f"{call} (64, 3)" for call in range(16, 24)]
+    assert lines[3:11] == [f"{call} (64, 3)" for call in range(16, 24)]
+    assert lines[11].startswith("UploadReport(segments_")
+    assert len(lines) == 12
 
 
 @pytest.mark.parametrize("page", ["read.md", "export.md"])
