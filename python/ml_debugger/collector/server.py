@@ -45,8 +45,8 @@ def serve(
         )
     server, url, listener = make_server(host, port, storage, ring)
     with listener:
-        if on_ready is not None:
-            on_ready(url)
+        # Said when it runs: from then on a signal ends it in order.
+        server.on_started = None if on_ready is None else lambda: on_ready(url)
         server.run(sockets=[listener])
 
 
@@ -69,6 +69,14 @@ def make_server(
         ) from error
     from ml_debugger.collector.storage import Storage
 
+    class Server(uvicorn.Server):
+        on_started: Callable[[], None] | None = None
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            if self.on_started is not None:
+                self.on_started()
+
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -90,4 +98,4 @@ def make_server(
         listener.close()
         raise
     shown = f"[{host}]" if ":" in host else host
-    return uvicorn.Server(config), f"http://{shown}:{listener.getsockname()[1]}", listener
+    return Server(config), f"http://{shown}:{listener.getsockname()[1]}", listener

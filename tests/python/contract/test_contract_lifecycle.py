@@ -144,7 +144,10 @@ def test_a_tracer_in_a_function_that_returned_loses_nothing_at_exit(run_child: A
 
 
 def test_sigint_loses_nothing(start_child: Any, store: Path) -> None:
+    # A shell starts its background jobs, and what they start, with SIGINT ignored.
     script = f"""{RECORD}
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 tracer = ClassificationTracer(
     Net(), "net", "v1", {{"hidden": "body"}}, config=TracerConfig(commit_interval_s=3600.0))
 done = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
