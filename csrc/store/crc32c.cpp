@@ -66,7 +66,9 @@ bool has_hardware() noexcept { return false; }
 // A step takes three cycles and a new one may start in each, so three lanes run beside each other;
 // a lane's state is moved over the next lane's bytes as if they were zeros. The method is that of
 // Gopal et al., "Fast CRC Computation for iSCSI Polynomial Using CRC32 Instruction" (Intel, 2011).
-constexpr std::size_t kLaneBytes = 1024;  // a power of two
+// Short, so that the processor's prefetcher takes them for one stream: of cold memory, 0.056 s/GB,
+// against 0.154 with lanes of 1024 bytes (warm: 0.043 against 0.038).
+constexpr std::size_t kLaneBytes = 256;  // a power of two
 
 // tables[k][v]: where kLaneBytes of zeros move a state whose byte k is v and the rest zero.
 constexpr auto kLaneShift = [] {
