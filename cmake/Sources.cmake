@@ -31,7 +31,9 @@ set(MLD_CORE_SOURCES
     csrc/writer/runtime.cpp)
 
 # What LMDB itself calls.
-set(MLD_PAGE_LOAN_SOURCES csrc/store/page_loan.cpp)
+set(MLD_LMDB_NEEDS_SOURCES
+    csrc/store/early_write_back.cpp
+    csrc/store/page_loan.cpp)
 
 set(MLD_BINDING_SOURCES
     csrc/bindings/bind_errors.cpp
@@ -55,6 +57,7 @@ set(MLD_CORE_TESTS
     partition_test.cpp
     partition_failure_test.cpp
     environment_test.cpp
+    early_write_back_test.cpp
     page_loan_test.cpp
     slot_copy_test.cpp
     segment_reader_test.cpp

@@ -4,9 +4,11 @@
 
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "ring/record.h"
+#include "store/early_write_back.h"
 #include "store/files.h"
 
 namespace mld {
@@ -86,18 +88,14 @@ void Segment::seal() {
   replace_file(path(kSealedFile), sealed_json(totals_), sync_ == Sync::kOnRequest);
 }
 
-// Nobody reads what was just appended, and a container's memory limit counts it: write-back starts
-// now where commits do not force it, and clean pages go. Both are advice; pages of the trees are
-// mapped, which keeps them.
+// Nobody reads what was just appended, and a container's memory limit counts it: clean pages go. It
+// is advice; pages of the trees are mapped, which keeps them.
 void Segment::give_back_page_cache(std::uint64_t used_before) noexcept {
   int descriptor = -1;
   if (mdb_env_get_fd(environment_->get(), &descriptor) != MDB_SUCCESS || used_bytes_ <= used_before)
     return;
   const auto begin = static_cast<off_t>(used_before);
   const auto length = static_cast<off_t>(used_bytes_ - used_before);
-#if defined(SYNC_FILE_RANGE_WRITE)
-  if (sync_ == Sync::kOnRequest) sync_file_range(descriptor, begin, length, SYNC_FILE_RANGE_WRITE);
-#endif
   posix_fadvise(descriptor, begin, length, POSIX_FADV_DONTNEED);
 }
 
@@ -171,6 +169,8 @@ void Segment::Batch::commit() {
   MDB_val value = value_of(meta);
   check_lmdb(mdb_put(transaction_.get(), segment_.environment_->main(), &key_value, &value, 0),
              "cannot write totals");
+  std::optional<EarlyWriteBack> early;
+  if (segment_.sync_ == Sync::kEveryCommit) early.emplace();
   transaction_.commit();
   segment_.environment_->complete_file();
   segment_.totals_ = totals_;
