@@ -192,10 +192,22 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
     return sorted(entries) + _slices(partition_dir)
 
 
+def segment_directories(partition_dir: Path) -> list[tuple[int, int, Path]]:
+    """(Attempt, sequence, directory) of what is named like a segment, in order, whatever it holds."""
+    return sorted(
+        (int(match[1]), int(match[2]), path) for match, path in _matching(partition_dir, _SEGMENT)
+    )
+
+
+def slice_files(partition_dir: Path) -> list[tuple[SliceName, Path]]:
+    """What is named like a slice, of whatever version, in order."""
+    names = ((parse_slice_name(path.name), path) for _, path in _matching(partition_dir, _SLICE))
+    return sorted((name, path) for name, path in names if name is not None)
+
+
 def _slices(partition_dir: Path) -> list[SegmentEntry]:
     """Slices of a partition that an upload has brought, of the version that `version.json` describes now."""
-    names = ((parse_slice_name(path.name), path) for _, path in _matching(partition_dir, _SLICE))
-    found = sorted((name, path) for name, path in names if name is not None)
+    found = slice_files(partition_dir)
     if not found:
         return []
     tag = version_tag(read_version(partition_dir.parent.parent))
