@@ -22,6 +22,7 @@ _COMMANDS = {
     "export": ("ml_debugger.cli.exporting", "Write a trace into a ZIP of npy or Parquet files."),
     "drop": ("ml_debugger.cli.dropping", "Delete an epoch, or all rows, of a trace."),
     "verify": ("ml_debugger.cli.verifying", "Check every byte of a trace; exit status 1 if one is damaged."),
+    "recover": ("ml_debugger.cli.recovering", "Save what is sound of a damaged trace into a new one."),
 }
 
 

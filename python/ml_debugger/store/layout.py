@@ -187,16 +187,19 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
             continue
         check_format_version(description, path / SEGMENT_FILE)
         sealed = (path / SEALED_FILE).exists()
-        torn = description.get("durability") != "power" and description.get("boot_id") != boot_id()
-        entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed, sealed or not torn))
+        usable = sealed or not is_torn(description)
+        entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed, usable))
     return sorted(entries) + _slices(partition_dir)
+
+
+def is_torn(description: dict[str, Any]) -> bool:
+    """Whether an unsealed segment, by its `segment.json`, was open in durability ``process`` in a power cut."""
+    return description.get("durability") != "power" and description.get("boot_id") != boot_id()
 
 
 def segment_directories(partition_dir: Path) -> list[tuple[int, int, Path]]:
     """(Attempt, sequence, directory) of what is named like a segment, in order, whatever it holds."""
-    return sorted(
-        (int(match[1]), int(match[2]), path) for match, path in _matching(partition_dir, _SEGMENT)
-    )
+    return sorted((int(match[1]), int(match[2]), path) for match, path in _matching(partition_dir, _SEGMENT))
 
 
 def slice_files(partition_dir: Path) -> list[tuple[SliceName, Path]]:
@@ -338,8 +341,13 @@ def register_attempt(rank_dir: Path) -> int:
             "use another version_name",
         )
     entries.append({"attempt": attempt, "started_unix_s": round(time.time(), 3), "pid": os.getpid()})
-    write_json(rank_dir / _ATTEMPTS_FILE, {"format_version": FORMAT_VERSION, "attempts": entries})
+    write_attempts(rank_dir, entries)
     return attempt
+
+
+def write_attempts(rank_dir: Path, entries: list[dict[str, Any]]) -> None:
+    """Replace `attempts.json`, atomic and durable."""
+    write_json(rank_dir / _ATTEMPTS_FILE, {"format_version": FORMAT_VERSION, "attempts": entries})
 
 
 def check_format_version(document: dict[str, Any], path: Path) -> None:

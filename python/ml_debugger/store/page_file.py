@@ -183,7 +183,9 @@ class PageFile:
         lower = int(_HEADER.unpack_from(page)[2])
         if lower % _POINTER_BYTES or not PAGE_HEADER_BYTES <= lower <= len(page):
             lower = len(page)
-        pointers = struct.unpack_from(f"={(lower - PAGE_HEADER_BYTES) // _POINTER_BYTES}H", page, PAGE_HEADER_BYTES)
+        pointers = struct.unpack_from(
+            f"={(lower - PAGE_HEADER_BYTES) // _POINTER_BYTES}H", page, PAGE_HEADER_BYTES
+        )
         if lower < len(page):
             return pointers
         # The first node that begins within the pointers ends them.

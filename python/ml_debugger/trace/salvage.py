@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -30,7 +30,7 @@ _MAX_META_BYTES = 4096
 _COUNTERS = ("calls", "rows", "discarded_rows")
 
 
-@dataclass
+@dataclass(eq=False)
 class Salvage:
     """Common to segments and slices; `ml_debugger.uploading.slices.Origin` describes the rest.
 
@@ -51,20 +51,10 @@ class Salvage:
     damaged_keys: set[int] = field(default_factory=set)
     is_whole: bool = True
 
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
     def check_exists(self) -> None:
         """Raise NotFoundError if it is gone."""
         if not self.path.exists():
             raise NotFoundError(f"{self.path} is gone", "run it again, while nothing else changes the trace")
-
-
-class _ChunkSource(Protocol):
-    def read(self, chunks: Sequence[tuple[int, int, int, int]], out: Any) -> None: ...
 
 
 class SegmentSalvage(Salvage):
@@ -73,6 +63,7 @@ class SegmentSalvage(Salvage):
     def load(self) -> None:
         """Look through the file, and remember where values lie: 24 bytes a chunk and a header."""
         self._headers, self._chunks = _Places(), _Places()
+        self._is_swept = False
         try:
             self._pages = PageFile(self.path / layout.DATA_FILE)
         except MlDebuggerError as error:
@@ -82,13 +73,10 @@ class SegmentSalvage(Salvage):
         with self._pages as pages:
             is_sound = self._walk(pages) and len(pages.problems) == 0
             self._headers.sort()
-            if not is_sound or len(self._headers) < self._expected_headers():
-                for value in pages.sweep():
-                    self._chunks.add(value)
-                    if self._is_header(value):
-                        self._headers.add(value)
+            # A gap is a header too, but how many there are is not counted.
+            if not is_sound or len(self._headers) < self.counters.get("calls", 0):
+                self._sweep(new_headers=True)
             self.problems += pages.problems
-        self._headers.sort()
         self._chunks.sort()
         if not is_sound and not self.counters:
             self.is_whole = False
@@ -97,17 +85,24 @@ class SegmentSalvage(Salvage):
         """(key, sound values) by rising key; there may be several of a header that was rewritten."""
         if self._headers.is_empty:
             return
-        with self._pages:
-            for key in self._headers.keys():
-                values = []
-                for position, length in self._headers.places(key):
-                    with contextlib.suppress(CorruptDataError):
-                        value = self._pages.read(position, length)
-                        if _is_sound(value):
-                            values.append(value)
+        for key in self._headers.keys():
+            with self._pages:
+                values = self._sound_values(key)
                 if not values:
-                    self.damaged_keys.add(key)
-                yield key, list(dict.fromkeys(values))
+                    self._sweep(new_headers=False)
+                    values = self._sound_values(key)
+            if not values:
+                self.damaged_keys.add(key)
+            yield key, values
+
+    def _sound_values(self, key: int) -> list[bytes]:
+        found = []
+        for position, length in self._headers.places(key):
+            with contextlib.suppress(CorruptDataError):
+                value = self._pages.read(position, length)
+                if _is_sound(value):
+                    found.append(value)
+        return list(dict.fromkeys(found))
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[SegmentSalvage]:
@@ -128,13 +123,29 @@ class SegmentSalvage(Salvage):
     def _chunk(self, key: int, length: int, crc: int) -> bytes:
         if not length:
             return b""
-        for position, held in self._chunks.places(key):
-            if held == length:
-                with contextlib.suppress(CorruptDataError):
-                    data = self._pages.read(position, length)
-                    if _core.crc32c(data) == crc:
-                        return data
-        raise CorruptDataError(f"chunk {key} of {self.path} is missing or damaged", "")
+        for is_swept in (False, True):
+            if is_swept:  # an earlier state of its page may be left
+                self._sweep(new_headers=False)
+            for position, held in self._chunks.places(key):
+                if held == length:
+                    with contextlib.suppress(CorruptDataError):
+                        data = self._pages.read(position, length)
+                        if _core.crc32c(data) == crc:
+                            return data
+        raise CorruptDataError(f"chunk {key} of {self.path} is missing or damaged", "restore it from a copy")
+
+    def _sweep(self, *, new_headers: bool) -> None:
+        """Take in, once, what pages hold that no tree leads to; headers of other calls only if wanted."""
+        if self._is_swept:
+            return
+        self._is_swept = True
+        known = set(self._headers.keys())
+        for value in self._pages.sweep():
+            self._chunks.add(value)
+            if (new_headers or int.from_bytes(value.key, "big") in known) and self._is_header(value):
+                self._headers.add(value)
+        self._headers.sort()
+        self._chunks.sort()
 
     def _lost(self, problem: str) -> None:
         self.problems.append(problem)
@@ -152,10 +163,6 @@ class SegmentSalvage(Salvage):
             if type(said) is int and 0 <= said < 1 << 63:
                 self.counters[name] = max(said, self.counters.get(name, 0))
 
-    def _expected_headers(self) -> int:
-        # A gap is a header too, but how many there are is not counted.
-        return self.counters.get("calls", 0)
-
     def _walk(self, pages: PageFile) -> bool:
         """Follow the trees as LMDB would; whether they are all there, and as full as they say."""
         if pages.root is None:
@@ -163,9 +170,7 @@ class SegmentSalvage(Salvage):
         named = {value.key: value for value in pages.walk(pages.root)}
         meta = named.get(b"meta")
         if meta is not None and meta.tree is None and meta.length_bytes <= _MAX_META_BYTES:
-            with contextlib.suppress(
-                CorruptDataError, ValueError, RecursionError, msgpack.UnpackException
-            ):
+            with contextlib.suppress(CorruptDataError, ValueError, RecursionError, msgpack.UnpackException):
                 found = msgpack.unpackb(pages.read(meta.position, meta.length_bytes))
                 self._count(found if isinstance(found, dict) else {})
         is_sound = True
@@ -198,32 +203,25 @@ class SliceSalvage(Salvage):
         name = layout.parse_slice_name(self.path.name)
         if name is not None:
             self.counters = {"rows": name.rows}
-        self._file: SliceFile | None = None
         try:
-            self._keys = SliceFile(self.path)
-            self._keys.close()
+            with self.opened() as file:
+                self._keys = file.keys
         except MlDebuggerError as error:
+            self._keys = []
             self.problems.append(error.message)
             self.is_whole = False
-            return
-        self._file = self._keys
 
     def headers(self) -> Iterator[tuple[int, list[bytes]]]:
         """(key, sound values) by rising key."""
-        if self._file is None:
-            return
-        file = SliceFile(self.path)
-        try:
-            for key in file.keys:
-                values = []
-                try:
+        for key in self._keys:
+            values = []
+            try:
+                with self.opened() as file:
                     values = [value for _, value in file.headers(key - 1 if key else None, 1)]
-                except CorruptDataError as error:
-                    self.problems.append(error.message)
-                    self.damaged_keys.add(key)
-                yield key, values
-        finally:
-            file.close()
+            except CorruptDataError as error:
+                self.problems.append(error.message)
+                self.damaged_keys.add(key)
+            yield key, values
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[SliceFile]:
@@ -253,9 +251,7 @@ class _Places:
     def add(self, value: Value) -> None:
         """Note a value; what has no key of 8 bytes is none of a segment's."""
         if len(value.key) == KEY_BYTES and value.tree is None:
-            self._numbers.extend(
-                (int.from_bytes(value.key, "big"), value.position, value.length_bytes)
-            )
+            self._numbers.extend((int.from_bytes(value.key, "big"), value.position, value.length_bytes))
 
     def sort(self) -> None:
         """Make what was added so far be found."""
