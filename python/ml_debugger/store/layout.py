@@ -193,7 +193,7 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
 
 
 def is_torn(description: dict[str, Any]) -> bool:
-    """Whether an unsealed segment, by its `segment.json`, was open in durability ``process`` in a power cut."""
+    """Whether an unsealed segment, by its `segment.json`, was open in a power cut without each sync."""
     return description.get("durability") != "power" and description.get("boot_id") != boot_id()
 
 

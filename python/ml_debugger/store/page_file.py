@@ -5,7 +5,7 @@ before it is used, nothing is mapped, and the file is only ever read, so any con
 that is cut off. Only the layout of LMDB 0.9 (data version 1) in this machine's byte order is known, with keys
 that are compared byte by byte and have one value each, as segments have.
 
-Two ways lead to values. `PageFile.walk` follows a tree from its root, as LMDB does, and gives what is committed.
+Two ways lead to values. `PageFile.walk` follows a tree from its root, as LMDB does: what is committed.
 `PageFile.sweep` looks at every page that no walk has found sound; what it gives may be out of date or never
 have been committed, and part of it is no value at all: who uses it needs checksums.
 """
@@ -86,7 +86,7 @@ class PageFile:
 
     @property
     def root(self) -> int | None:
-        """Root of the main tree as of the last commit; None for an empty one, and without a sound meta page."""
+        """Root of the main tree as of the last commit; None for an empty one, or if no meta page is sound."""
         return self._roots[0] if self._roots and self._roots[0] != _NO_PAGE else None
 
     @property

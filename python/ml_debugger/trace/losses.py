@@ -1,7 +1,7 @@
 """Which calls of one attempt are lost: what is known of them, from row numbers and counters.
 
-An attempt numbers the rows that it stores without holes, in the order of its calls. So a hole between two calls
-that are there says how many rows are missing, and between which calls. Dropping an epoch makes holes
+An attempt numbers the rows that it stores without holes, in the order of its calls. So a hole between two
+calls that are there says how many rows are missing, and between which calls. Dropping an epoch makes holes
 too; so they count only where a segment is known to be damaged.
 """
 

@@ -2,8 +2,8 @@
 
 Whatever can be read is read with every number and every checksum verified (`ml_debugger.trace.salvage`); the
 damaged trace is never changed and never opened with LMDB. What is saved is written as slices, which keep row
-numbers, attempts and gaps. What is lost is found by row numbers, which an attempt gives out without holes, and
-by the counters of segments; where the number of its rows is known it becomes a gap of cause ``damaged``.
+numbers, attempts and gaps. What is lost is found by row numbers and by the counters of segments
+(`ml_debugger.trace.losses`); where the number of its rows is known it becomes a gap of cause ``damaged``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What is left of one segment or slice: its sound headers, and its chunks by key, whatever state it is in.
 
-A segment's pages are read by `ml_debugger.store.page_file`, never by LMDB. Its trees are followed first; if they are
-whole and hold as many calls as its counters say, they are all there is. Otherwise every other page is looked
-at too, and what it holds counts if its checksum is right.
+A segment's pages are read by `ml_debugger.store.page_file`, never by LMDB. Its trees are followed first; if
+they are whole and hold as many calls as its counters say, they are all there is. Otherwise every other page
+is looked at too, and what it holds counts if its checksum is right.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SegmentSalvage(Salvage):
         """(key, sound values) by rising key; there may be several of a header that was rewritten."""
         if self._headers.is_empty:
             return
-        for key in self._headers.keys():
+        for key in self._headers.distinct_keys():
             with self._pages:
                 values = self._sound_values(key)
                 if not values:
@@ -139,7 +139,7 @@ class SegmentSalvage(Salvage):
         if self._is_swept:
             return
         self._is_swept = True
-        known = set(self._headers.keys())
+        known = set(self._headers.distinct_keys())
         for value in self._pages.sweep():
             self._chunks.add(value)
             if (new_headers or int.from_bytes(value.key, "big") in known) and self._is_header(value):
@@ -258,7 +258,7 @@ class _Places:
         numbers = np.array(self._numbers, np.uint64).reshape(-1, 3)
         self._sorted = numbers[np.argsort(numbers[:, 0], kind="stable")]
 
-    def keys(self) -> list[int]:
+    def distinct_keys(self) -> list[int]:
         """All keys, rising."""
         found: list[int] = np.unique(self._sorted[:, 0]).tolist()
         return found
