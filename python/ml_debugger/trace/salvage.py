@@ -64,12 +64,12 @@ class SegmentSalvage(Salvage):
         """Look through the file, and remember where values lie: 24 bytes a chunk and a header."""
         self._headers, self._chunks = _Places(), _Places()
         self._is_swept = False
+        self._note_sealed()
         try:
             self._pages = PageFile(self.path / layout.DATA_FILE)
         except MlDebuggerError as error:
             self._lost(error.message)
             return
-        self._note_sealed()
         with self._pages as pages:
             is_sound = self._walk(pages) and len(pages.problems) == 0
             self._headers.sort()
