@@ -17,7 +17,7 @@ import torch
 
 from format_writer import Column, FormatWriter
 from ml_debugger import TracerConfig, open_trace
-from ml_debugger.errors import InvalidInputError, NotFoundError, TraceInUseError
+from ml_debugger.errors import CorruptDataError, InvalidInputError, NotFoundError, TraceInUseError
 from ml_debugger.store import layout
 from ml_debugger.store.page_file import PageFile
 from ml_debugger.trace.catalog import Snapshot
@@ -374,6 +374,14 @@ def test_a_trace_that_is_recorded_is_refused(data_dir: Path, tmp_path: Path) -> 
         with pytest.raises(TraceInUseError):
             recover_trace(data_dir, "model", "v1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_trace_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    trace_dir = rich_trace(tmp_path / "data").write()
+    document = json.loads((trace_dir / "version.json").read_text())
+    (trace_dir / "version.json").write_text(json.dumps(document | {"format_version": 99}))
+    with pytest.raises(CorruptDataError, match="format version 99"):
+        recover_trace(tmp_path / "data", "model", "v1", tmp_path / "out")
 
 
 def test_an_output_that_is_used_and_an_unknown_trace_are_refused(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def _described(lost: LostCalls) -> str:
         calls = "calls whose numbers are not known"
     elif lost.first_call == lost.last_call:
         calls = f"call {lost.first_call}"
+    elif lost.calls == (lost.last_call or 0) - lost.first_call + 1:
+        calls = f"calls {lost.first_call} to {lost.last_call}"
     else:
         calls = f"calls among {lost.first_call} to {lost.last_call}"
     rows = "an unknown number of" if lost.rows is None else str(lost.rows)

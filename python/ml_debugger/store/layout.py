@@ -257,10 +257,19 @@ def read_version(trace_dir: Path) -> VersionInfo:
         CorruptDataError: Not readable as one, or of a newer format.
     """
     path = trace_dir / _VERSION_FILE
-    document = read_json(path)
+    document = read_version_document(trace_dir)
     if document is None:
         raise NotFoundError(f"no trace at {trace_dir}", "check data_dir, model name and version name")
     return parse_version(document, path)
+
+
+def read_version_document(trace_dir: Path) -> dict[str, Any] | None:
+    """The content of `version.json` as it stands; None where there is none.
+
+    Raises:
+        CorruptDataError: It is no JSON object.
+    """
+    return read_json(trace_dir / _VERSION_FILE)
 
 
 def parse_version(document: Any, path: Path) -> VersionInfo:

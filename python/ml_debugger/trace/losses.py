@@ -7,13 +7,14 @@ too; so they count only where a segment is known to be damaged.
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ml_debugger.trace.header import Call, Gap
+from ml_debugger.trace.header import Call
 
 _ROW_BITS = 36
 
@@ -84,9 +85,9 @@ class AttemptLosses:
         """Take in a call that was saved."""
         self._calls.extend((call.first_row, call.rows, call.call, call.epoch))
 
-    def add_gap(self, gap: Gap) -> None:
+    def add_gap(self, call: int) -> None:
         """Take in a gap that was recorded: its number is taken."""
-        self._gap_calls.add(gap.first_call)
+        self._gap_calls.add(call)
 
     def add_broken(self, call: Call, path: str, problem: str) -> None:
         """Take in a call whose header is sound and whose bytes are not all there."""
@@ -107,9 +108,11 @@ class AttemptLosses:
 
     def resolve(self) -> list[LostCalls]:
         """All lost calls, as far as they can be told."""
-        found = list(self._broken)
+        found = _merged(self._broken)
+        others = len(found)
         if not self.damages:
             return found
+        self._taken = {*self._calls[2::4], *self._gap_calls}
         left = {damage.epoch: self._budget(damage.epoch) for damage in self.damages}
         for hole in self._holes():
             epoch = self._epoch_of(hole, left)
@@ -119,7 +122,7 @@ class AttemptLosses:
             budget = left.get(epoch) if epoch is not None else None
             if epoch is not None and budget is not None:
                 left[epoch] = max(budget - hole.rows, 0)
-        found += self._remainders(left, {entry.epoch for entry in found[len(self._broken) :]})
+        found += self._remainders(left, {entry.epoch for entry in found[others:]})
         return found
 
     def _budget(self, epoch: int) -> int | None:
@@ -161,11 +164,11 @@ class AttemptLosses:
         )
 
     def _free_range(self, hole: _Hole) -> tuple[int | None, int | None]:
-        """First and last call number in a hole that no gap has; calls of several threads leave none."""
+        """First and last number in a hole that is free; between calls of several threads there may be none."""
         first, last = hole.first_call, hole.last_call
-        while first <= last and first in self._gap_calls:
+        while first <= last and first in self._taken:
             first += 1
-        while last >= first and last in self._gap_calls:
+        while last >= first and last in self._taken:
             last -= 1
         return (first, last) if first <= last else (None, None)
 
@@ -190,3 +193,25 @@ class AttemptLosses:
                 damages[0].path,
                 damages[0].problem,
             )
+
+
+def _merged(lost: list[LostCalls]) -> list[LostCalls]:
+    """Calls with one known number each; those that follow one another in an epoch become one entry."""
+    found: list[LostCalls] = []
+    for entry in sorted(lost, key=lambda entry: (entry.epoch or 0, entry.first_call or 0)):
+        before = found[-1] if found else None
+        if (
+            before is not None
+            and before.epoch == entry.epoch
+            and before.last_call is not None
+            and before.last_call + 1 == entry.first_call
+        ):
+            found[-1] = dataclasses.replace(
+                before,
+                last_call=entry.last_call,
+                calls=(before.calls or 0) + 1,
+                rows=(before.rows or 0) + (entry.rows or 0),
+            )
+        else:
+            found.append(entry)
+    return found

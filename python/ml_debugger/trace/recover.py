@@ -38,6 +38,7 @@ from ml_debugger.uploading.slices import Origin, SliceDraft, cut_slice
 
 _FIRST_SLICE_SEQUENCE = 1 << 32
 _READ_BYTES = 8 << 20
+_MAX_NUMBER = 1 << 62  # of calls and epochs; no tracer comes near
 
 _Source = SegmentSalvage | SliceSalvage
 
@@ -106,6 +107,8 @@ def recover_trace(
     try:
         info = layout.read_version(trace_dir)
     except (NotFoundError, CorruptDataError) as error:
+        if _is_newer(trace_dir) or not layout.rank_directories(trace_dir):
+            raise
         report.problems.append(
             Problem(str(trace_dir), f"{error.message}; made again from the calls, without a fingerprint")
         )
@@ -114,6 +117,7 @@ def recover_trace(
         layout.make_directory(target)
         recovery = _Recovery(trace_dir, target, info, report, progress or (lambda done, total: None))
         recovery.run()
+        _check_idle(trace_dir)
         layout.write_version(target, info)  # last: until now this is no trace
     except OSError as error:
         if isinstance(error, MlDebuggerError):
@@ -127,11 +131,7 @@ def recover_trace(
 def _check_places(trace_dir: Path, output: Path) -> None:
     if not trace_dir.is_dir():
         raise NotFoundError(f"no trace at {trace_dir}", "check data_dir, model name and version name")
-    for _, rank_dir in layout.rank_directories(trace_dir):
-        if is_writing(rank_dir):
-            raise TraceInUseError(
-                f"a process is recording to {rank_dir}", "end it, or wait until it has ended, and run again"
-            )
+    _check_idle(trace_dir)
     if output.resolve().is_relative_to(trace_dir.resolve()):
         raise InvalidInputError(f"the output {output} lies within the trace", "name a directory elsewhere")
     try:
@@ -142,6 +142,24 @@ def _check_places(trace_dir: Path, output: Path) -> None:
         raise InvalidInputError(
             f"the output {output} is not empty", "name a directory that is empty or does not exist yet"
         )
+
+
+def _check_idle(trace_dir: Path) -> None:
+    for _, rank_dir in layout.rank_directories(trace_dir):
+        if is_writing(rank_dir):
+            raise TraceInUseError(
+                f"a process is recording to {rank_dir}", "end it, or wait until it has ended, and run again"
+            )
+
+
+def _is_newer(trace_dir: Path) -> bool:
+    """Whether `version.json` is sound and of a format that this package does not know."""
+    try:
+        document = layout.read_version_document(trace_dir) or {}
+    except CorruptDataError:
+        return False
+    version = document.get("format_version")
+    return type(version) is int and version > layout.FORMAT_VERSION
 
 
 @dataclass
@@ -180,6 +198,9 @@ def _groups(trace_dir: Path, tag: str | None) -> Iterator[_Group]:
 def _decoded(
     source: _Source, decoder: HeaderDecoder, key: int, values: list[bytes]
 ) -> tuple[bytes, Call | Gap] | None:
+    if max(key, source.epoch) > _MAX_NUMBER:
+        source.problems.append(f"call {key} of epoch {source.epoch} cannot be")
+        return None
     for value in values:
         try:
             return value, decoder.decode(key, value)
@@ -390,7 +411,7 @@ class _GroupRecovery:
                     self._gaps.add(key)
                     draft.add(key, value, header)
                     self._recovery.saved_gap(header)
-                    self._losses.add_gap(header)
+                    self._losses.add_gap(key)
                 continue
             calls, rows = calls + 1, rows + header.rows
             if key in self._saved:
