@@ -164,7 +164,7 @@ class AttemptLosses:
         )
 
     def _free_range(self, hole: _Hole) -> tuple[int | None, int | None]:
-        """First and last number in a hole that is free; between calls of several threads there may be none."""
+        """First and last number in a hole that is free; of calls of several threads there may be none."""
         first, last = hole.first_call, hole.last_call
         while first <= last and first in self._taken:
             first += 1
