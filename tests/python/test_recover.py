@@ -68,13 +68,10 @@ def cells(trace: Trace, table: str) -> dict[int, dict[str, Any]]:
 
 
 def frozen(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        return (
-            str(value.dtype.kind),
-            value.shape,
-            value.tolist() if value.dtype.kind in "OU" else value.tobytes(),
-        )
-    return value
+    """A cell as what can be compared; how wide its column's text is depends on the other rows."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def gaps(directory: Path) -> list[tuple[int, int, str]]:
