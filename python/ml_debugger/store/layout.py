@@ -187,15 +187,30 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
             continue
         check_format_version(description, path / SEGMENT_FILE)
         sealed = (path / SEALED_FILE).exists()
-        torn = description.get("durability") != "power" and description.get("boot_id") != boot_id()
-        entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed, sealed or not torn))
+        usable = sealed or not is_torn(description)
+        entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed, usable))
     return sorted(entries) + _slices(partition_dir)
+
+
+def is_torn(description: dict[str, Any]) -> bool:
+    """Whether an unsealed segment, by its `segment.json`, was open in a power cut without each sync."""
+    return description.get("durability") != "power" and description.get("boot_id") != boot_id()
+
+
+def segment_directories(partition_dir: Path) -> list[tuple[int, int, Path]]:
+    """(Attempt, sequence, directory) of what is named like a segment, in order, whatever it holds."""
+    return sorted((int(match[1]), int(match[2]), path) for match, path in _matching(partition_dir, _SEGMENT))
+
+
+def slice_files(partition_dir: Path) -> list[tuple[SliceName, Path]]:
+    """What is named like a slice, of whatever version, in order."""
+    names = ((parse_slice_name(path.name), path) for _, path in _matching(partition_dir, _SLICE))
+    return sorted((name, path) for name, path in names if name is not None)
 
 
 def _slices(partition_dir: Path) -> list[SegmentEntry]:
     """Slices of a partition that an upload has brought, of the version that `version.json` describes now."""
-    names = ((parse_slice_name(path.name), path) for _, path in _matching(partition_dir, _SLICE))
-    found = sorted((name, path) for name, path in names if name is not None)
+    found = slice_files(partition_dir)
     if not found:
         return []
     tag = version_tag(read_version(partition_dir.parent.parent))
@@ -242,10 +257,19 @@ def read_version(trace_dir: Path) -> VersionInfo:
         CorruptDataError: Not readable as one, or of a newer format.
     """
     path = trace_dir / _VERSION_FILE
-    document = read_json(path)
+    document = read_version_document(trace_dir)
     if document is None:
         raise NotFoundError(f"no trace at {trace_dir}", "check data_dir, model name and version name")
     return parse_version(document, path)
+
+
+def read_version_document(trace_dir: Path) -> dict[str, Any] | None:
+    """The content of `version.json` as it stands; None where there is none.
+
+    Raises:
+        CorruptDataError: It is no JSON object.
+    """
+    return read_json(trace_dir / _VERSION_FILE)
 
 
 def parse_version(document: Any, path: Path) -> VersionInfo:
@@ -326,8 +350,13 @@ def register_attempt(rank_dir: Path) -> int:
             "use another version_name",
         )
     entries.append({"attempt": attempt, "started_unix_s": round(time.time(), 3), "pid": os.getpid()})
-    write_json(rank_dir / _ATTEMPTS_FILE, {"format_version": FORMAT_VERSION, "attempts": entries})
+    write_attempts(rank_dir, entries)
     return attempt
+
+
+def write_attempts(rank_dir: Path, entries: list[dict[str, Any]]) -> None:
+    """Replace `attempts.json`, atomic and durable."""
+    write_json(rank_dir / _ATTEMPTS_FILE, {"format_version": FORMAT_VERSION, "attempts": entries})
 
 
 def check_format_version(document: dict[str, Any], path: Path) -> None:

@@ -79,6 +79,12 @@ class SliceFile:
         """The slice's counters, msgpack, as a segment has them."""
         return self._index.meta
 
+    @property
+    def keys(self) -> list[int]:
+        """Keys of all headers, rising."""
+        found: list[int] = self._index.keys.tolist()
+        return found
+
     def headers(self, after: int | None = None, limit: int = 1024) -> list[tuple[int, bytes]]:
         """(key, value) of up to ``limit`` headers behind key ``after``, in key order, checksums verified."""
         index = self._index

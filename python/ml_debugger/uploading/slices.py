@@ -11,10 +11,11 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import msgpack
 import numpy as np
@@ -36,6 +37,43 @@ _ATTEMPT_SHIFT = 36
 _HASH_STEP_BYTES = 1 << 20
 
 
+class ChunkReader(Protocol):
+    """Gives chunks, as `_core.Segment` does."""
+
+    def read(self, chunks: Sequence[tuple[int, int, int, int]], out: Any) -> None:
+        """Copy chunks (key, offset in ``out``, bytes, crc32c) to ``out``."""
+
+
+class Origin(Protocol):
+    """What a slice is cut from: a segment, or what is left of one."""
+
+    @property
+    def rank(self) -> int:
+        """Whose calls it holds."""
+
+    @property
+    def epoch(self) -> int:
+        """Their epoch; -1: none."""
+
+    @property
+    def attempt(self) -> int:
+        """Their attempt."""
+
+    @property
+    def sequence(self) -> int:
+        """Number of the segment."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    def opened(self) -> AbstractContextManager[ChunkReader]:
+        """Its chunks, for one bounded step."""
+
+    def check_exists(self) -> None:
+        """Raise NotFoundError if it is gone."""
+
+
 @dataclass
 class SliceDraft:
     """Calls and gaps that one slice is to hold, all of one segment, by rising key.
@@ -51,8 +89,8 @@ class SliceDraft:
         discarded_rows: Rows that the gaps stand for.
     """
 
-    ref: SegmentRef
-    segments: Mapping[int, SegmentRef]
+    ref: Origin
+    segments: Mapping[int, Origin]
     headers: list[tuple[int, bytes]] = field(default_factory=list)
     payload_bytes: int = 0
     rows: int = 0
@@ -162,7 +200,7 @@ def _disk_file(directory: Path) -> IO[bytes]:
 class _Read:
     """A chunk that goes to the end of the chunks so far."""
 
-    ref: SegmentRef
+    ref: Origin
     key: int
     length_bytes: int
     crc32c: int
@@ -195,7 +233,7 @@ def _relocate(draft: SliceDraft, attempt: int) -> tuple[list[int], list[bytes], 
     return keys, headers, reads, offset
 
 
-def _segment(draft: SliceDraft, call: int, sequence: int) -> SegmentRef:
+def _segment(draft: SliceDraft, call: int, sequence: int) -> Origin:
     found = draft.segments.get(sequence)
     if found is None:
         draft.ref.check_exists()
@@ -222,7 +260,7 @@ def _blocks(reads: list[_Read]) -> Iterator[np.ndarray[Any, Any]]:
 
 def _read_step(step: list[_Read], size: int) -> np.ndarray[Any, Any]:
     out = np.empty(size, np.uint8)
-    by_segment: dict[SegmentRef, list[tuple[int, int, int, int]]] = {}
+    by_segment: dict[Origin, list[tuple[int, int, int, int]]] = {}
     offset = 0
     for read in step:
         by_segment.setdefault(read.ref, []).append((read.key, offset, read.length_bytes, read.crc32c))
