@@ -1,13 +1,14 @@
 """Question: what does a training step pay for the same job done by a tracer and by other tools?
 
-Method: the network of `training_overhead`, once for each tool with its own copy; blocks of at least 30
-steps, drained within their time, in random order within a round, in one process, data on the disk; ratios to
-the untraced arm of the round. Jobs of several sizes: features, logits and labels at B = 32 and 256, a map of
-16 KiB a sample besides (B = 1024 in a full run). The tracer runs with ``durability="process"``, which is
-what the others do at most, and with ``"power"``. A tool that is not installed is left out by name; one
-whose step takes more than four untraced ones has two blocks, and one that would need more than 20 s for a
-block has none, and is named. Afterwards everything is read back: the ids of all rows, and features, logits,
-labels and maps of the last steps bit for bit; a tool that stores something else has no figure.
+Method: the network of `training_overhead`, once for each tool with its own copy; blocks of at least 30 steps,
+and of 2 s or 256 MB, drained within their time, in random order within a round, in one process, data on the
+disk; ratios to the untraced arm of the round. Jobs of several sizes: features, logits and labels at B = 32
+and 256, a map of 16 KiB a sample besides (B = 1024 in a full run). The tracer runs with
+``durability="process"``, which is what the others do at most, and with ``"power"``. A tool that is not
+installed is left out by name; one whose step takes more than four untraced ones has two blocks of 30 steps,
+and one that would need more than 20 s for a block has none, and is named. Afterwards everything is read back:
+the ids of all rows, and features, logits, labels and maps of the last steps bit for bit; a tool that stores
+something else has no figure.
 
 Excluded: opening, closing and reading back; what survives a crash differs and is listed (`survives`).
 """
@@ -15,6 +16,7 @@ Excluded: opening, closing and reading back; what survives a crash differs and i
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import traceback
 from pathlib import Path
@@ -43,6 +45,7 @@ from benchmarks.harness.blocks import (
     run_blocks,
     seconds_per_step,
     step_seconds,
+    steps_of_block,
 )
 from benchmarks.harness.results import Bar, Findings
 from benchmarks.harness.setting import Setting
@@ -53,6 +56,7 @@ NAME = "cpu_baselines"
 QUESTION = "What does a training step pay for the same job done by a tracer and by other tools?"
 SLOW_RATIO = 4
 LONGEST_BLOCK_S = 20
+LARGEST_BLOCK_BYTES = 256_000_000
 UNTRACED = "untraced"
 
 
@@ -160,17 +164,17 @@ def time_job(
             failed[tool.name] = told(error)
             continue
         arms[tool.name], opened[tool.name], trainers[tool.name] = arm, baseline, trainer
-    steps = 2 if setting.is_quick else LEAST_STEPS
     took_s = {name: seconds_per_step(arm, 2) for name, arm in arms.items()}
-    for name in [name for name in opened if took_s[name] * steps > LONGEST_BLOCK_S]:
+    for name in [name for name in opened if took_s[name] * LEAST_STEPS > LONGEST_BLOCK_S]:
         failed[name] = f"a step takes {took_s[name] / took_s[UNTRACED]:.0f} untraced ones: no block was timed"
         del arms[name]
         opened.pop(name).close()
-    blocks = time_arms_fairly(setting, arms, took_s, steps)
+    step_bytes = batch_size * (SAMPLE_BYTES + (MAP_BYTES if "map" in layers else 0))
+    blocks = time_arms_fairly(setting, arms, took_s, step_bytes)
     summary: dict[str, Any] = {
         "depth": depth,
         "batch_size": batch_size,
-        "captured_bytes_a_step": batch_size * (SAMPLE_BYTES + (MAP_BYTES if "map" in layers else 0)),
+        "captured_bytes_a_step": step_bytes,
         "untraced_step_s": step_seconds(blocks, UNTRACED),
         "failed": failed,
         "arms": {},
@@ -201,22 +205,22 @@ def arm_of(trainer: Trainer, baseline: Baseline) -> Arm:
 
 
 def time_arms_fairly(
-    setting: Setting, arms: dict[str, Arm], took_s: dict[str, float], steps: int
+    setting: Setting, arms: dict[str, Arm], took_s: dict[str, float], step_bytes: int
 ) -> list[Block]:
-    """Rounds with all arms; the slow ones come in the first two only."""
+    """Two rounds of short blocks for the slow arms, then rounds of the others; the untraced one in both."""
     slow = {name for name in arms if took_s[name] > SLOW_RATIO * took_s[UNTRACED]}
     fast = {name: arm for name, arm in arms.items() if name not in slow}
-    first = 2
-    blocks = run_blocks(arms, rounds=first, steps=steps, seed=setting.seed)
-    budget_s = 0 if setting.is_quick else 90.0 if setting.is_full else 20.0
+    short = 2 if setting.is_quick else LEAST_STEPS
+    blocks = []
+    if slow:
+        beside = {name: arm for name, arm in arms.items() if name in slow or name == UNTRACED}
+        blocks = run_blocks(beside, rounds=2, steps=short, seed=setting.seed)
+    steps = max(short, min(steps_of_block(took_s[UNTRACED]), LARGEST_BLOCK_BYTES // step_bytes))
+    budget_s = 0 if setting.is_quick else 180.0 if setting.is_full else 60.0
     average_s = steps * sum(took_s[name] for name in fast) / len(fast)
-    rounds = rounds_within(budget_s, len(fast), average_s, least=0 if setting.is_quick else 2, most=25)
-    more = run_blocks(fast, rounds=rounds, steps=steps, seed=setting.seed + 1)
-    return blocks + [Block(block.round + first, block.arm, *tuple_of(block)) for block in more]
-
-
-def tuple_of(block: Block) -> tuple[int, float, float]:
-    return block.steps, block.wall_s, block.cpu_s
+    rounds = rounds_within(budget_s, len(fast), average_s, least=1 if setting.is_quick else 4, most=25)
+    more = run_blocks(fast, rounds=rounds, steps=short if setting.is_quick else steps, seed=setting.seed + 1)
+    return blocks + [dataclasses.replace(block, round=block.round + 2) for block in more]
 
 
 def check_stored(trainer: Trainer, baseline: Baseline, arm: Arm) -> None:

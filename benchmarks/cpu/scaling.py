@@ -223,12 +223,11 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def watch_memory(setting: Setting) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """What the process holds, over many calls from two threads with epochs in turn."""
-    calls = 200 if setting.is_quick else 1_000_000 if setting.is_full else 20_000
+    calls = 200 if setting.is_quick else 1_000_000 if setting.is_full else 100_000
     recording = Recording(setting.memory_dir, "memory", 1)
     for call in range(calls // 10):  # every epoch has its segment, every page has been touched
         recording.call(call % 4)
-        if call % 50 == 0:
-            recording.tracer.flush()
+    recording.tracer.flush()
     samples: list[dict[str, float]] = []
     failures: list[BaseException] = []
     begin = threading.Barrier(2)

@@ -3,13 +3,15 @@
 Method: pairs in turn: a file written by `pwrite` in pieces of 1 MiB from a warm buffer, and a tracer that
 records the same bytes (4 MiB a call in one layer that computes nothing) until its flush has returned, each
 into a new place. First pairs of every kind warm memory and page cache and do not count. On tmpfs for the
-software's own cost, on the disk for the whole; ``durability="process"`` beside the bare `pwrite`,
-``"power"`` beside `pwrite` with an `fdatasync` and a 4 KiB O_DSYNC write after every 32 MiB. CPU seconds are
+software's own cost, on the disk for the whole: ``durability="power"`` beside `pwrite` with an `fdatasync`
+and a 4 KiB O_DSYNC write after every 32 MiB; ``"process"`` until the tracer's close has sealed and synced its
+segment, beside `pwrite` with one `fdatasync` at the end, so that both wait for the disk and not for the page
+cache alone. CPU seconds are
 those of all threads of the process. Latency of a flush of one small call is listed. Bytes on disk are those
 of the files' blocks after close, for columns of 1 MiB a call, for 512 features at B = 32 and at B = 1. Each
 trace is read back (the last call bit for bit, the rows by their number); with a row lost there is no figure.
 
-Excluded: opening and closing the tracer, reading back, the write-back of what the page cache still holds.
+Excluded: opening the tracer, closing it except where it is named, reading back.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ PIECE_BYTES = 1 << 20
 GROUP_BYTES = 32 << 20
 CALL_SHAPE = (256, 4096)
 Durability = Literal["process", "power"]
+Sync = Literal["never", "at the end", "every group"]
 Sample = dict[str, float]
 
 
@@ -81,9 +84,13 @@ def time_pairs(
     traced: list[Sample] = []
     losses: list[dict[str, Any]] = []
     flush_s: list[float] = []
+    to_disk = folder == setting.disk_dir
+    sync: Sync = "every group" if durability == "power" else "at the end" if to_disk else "never"
     for number in range(rounds + 1):
-        bare = write_bare(folder / "bare", values, calls, synced=durability == "power")
-        ours, lost, latencies = write_traced(folder / "traced", values, calls, durability)
+        bare = write_bare(folder / "bare", values, calls, sync)
+        ours, lost, latencies = write_traced(
+            folder / "traced", values, calls, durability, until_closed=sync == "at the end"
+        )
         if number == 0:
             continue  # memory, page cache and the ring are warm from here on
         raw.append(bare)
@@ -116,8 +123,8 @@ def timed(run: Callable[[], Any]) -> Sample:
     return {"wall_s": time.perf_counter() - wall_s, "cpu_s": time.process_time() - cpu_s}
 
 
-def write_bare(path: Path, values: torch.Tensor, calls: int, *, synced: bool) -> Sample:
-    """The same bytes by `pwrite`; ``synced``: made durable after every group, as a database would."""
+def write_bare(path: Path, values: torch.Tensor, calls: int, sync: Sync) -> Sample:
+    """The same bytes by `pwrite`, made durable as a database would."""
     buffer = memoryview(values.numpy()).cast("B")
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     meta = os.open(f"{path}.meta", os.O_CREAT | os.O_WRONLY | os.O_DSYNC, 0o600)
@@ -127,11 +134,11 @@ def write_bare(path: Path, values: torch.Tensor, calls: int, *, synced: bool) ->
         for _ in range(calls):
             for begin in range(0, len(buffer), PIECE_BYTES):
                 offset += os.pwrite(file, buffer[begin : begin + PIECE_BYTES], offset)
-            if synced and offset - synced_to >= GROUP_BYTES:
+            if sync == "every group" and offset - synced_to >= GROUP_BYTES:
                 os.fdatasync(file)
                 os.pwrite(meta, bytes(4096), 0)
                 synced_to = offset
-        if synced:
+        if sync != "never":
             os.fdatasync(file)
             os.pwrite(meta, bytes(4096), 0)
 
@@ -148,7 +155,7 @@ def write_bare(path: Path, values: torch.Tensor, calls: int, *, synced: bool) ->
 
 
 def write_traced(
-    folder: Path, values: torch.Tensor, calls: int, durability: Durability
+    folder: Path, values: torch.Tensor, calls: int, durability: Durability, *, until_closed: bool
 ) -> tuple[Sample, dict[str, Any], list[float]]:
     """The same bytes by a tracer; what was lost, and seconds of flushes of one small call each."""
     rows = len(values)
@@ -156,27 +163,29 @@ def write_traced(
     model = Layers(1, torch.zeros(rows, 2))
     config = TracerConfig(data_dir=folder, durability=durability)
     with ClassificationTracer(model, "benchmark", "sustained", model.paths(), config=config) as tracer:
-        tracer(values, None, ids)  # the segment is made, the ring is there
-        tracer.flush()
+        latencies = []
+        for _ in range(6):  # after the first the segment is made and the ring is there
+            tracer(values, None, ids, "flush")
+            latencies.append(timed(tracer.flush)["wall_s"])
+
+        losses: dict[str, Any] = {}
 
         def run() -> None:
             for _ in range(calls):
                 tracer(values, None, ids)
             tracer.flush()
+            losses.update(settings.losses_of(tracer))
+            if until_closed:
+                tracer.close()
 
         sample = timed(run)
-        latencies = []
-        for _ in range(5):
-            tracer(values, None, ids, "flush")
-            latencies.append(timed(tracer.flush)["wall_s"])
-        losses = settings.losses_of(tracer)
     settings.check_nothing_lost(losses, "sustained")
     if losses["rows_committed"] != (calls + 6) * rows:
         raise settings.WrongDataError(f"sustained: expected {(calls + 6) * rows} rows, got {losses}")
     stored = settings.read_column(folder, "sustained", "layer0", dataset_type="flush")
     settings.check_equal(stored[-rows:], values, "sustained")
     shutil.rmtree(folder)
-    return sample, losses, latencies
+    return sample, losses, latencies[1:]
 
 
 def disk_bytes_over_payload(setting: Setting, shape: tuple[int, int], calls: int) -> dict[str, Any]:

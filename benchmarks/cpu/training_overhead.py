@@ -1,13 +1,14 @@
 """Question: what does a training step on a CPU pay for being recorded?
 
-Method: one process, an untraced arm and traced ones (features, logits and labels with the data on tmpfs and
-on a disk; a map of 16 KiB a sample besides, on the disk), each with its own copy of a convolutional
-network that is as deep as makes a step capture at most 50 MB/s a core of features, logits and labels. At
-least 30 steps a block, blocks drained before and within their time, in random order within a round; median
-of the ratios of the rounds with a bootstrap interval, CPU seconds of all threads beside it. B = 256 and
-1024. torch has one thread, so that the writer finds a core as it does beside a GPU or a data loader. After
-the blocks three more steps are recorded whose features, logits, labels and maps are kept, read back and
-compared bit for bit; with a row lost there is no figure.
+Method: one process, an untraced arm, a second untraced one (what the machine's noise makes of no difference),
+and traced ones (features, logits and labels with the data on tmpfs and on a disk; a map of 16 KiB a sample
+besides, on the disk), each with its own copy of a convolutional network that is as deep as makes a step
+capture at most 50 MB/s a core of features, logits and labels. At least 30 steps and 2 s a block, blocks
+drained before and within their time, in random order within a round; median of the ratios of the rounds with
+a bootstrap interval, CPU seconds of all threads beside it. B = 256 and 1024. torch has one thread, so that
+the writer finds a core as it does beside a GPU or a data loader. After the blocks three more steps are
+recorded whose features, logits, labels and maps are kept, read back and compared bit for bit; with a row lost
+there is no figure.
 
 Excluded: loading data, the first call (which finds the head), reading back.
 """
@@ -34,6 +35,7 @@ from benchmarks.cpu.models import (
 from benchmarks.gpu.models import Trainer
 from benchmarks.harness import setting as settings
 from benchmarks.harness.blocks import (
+    BLOCK_S,
     LEAST_STEPS,
     Arm,
     Block,
@@ -42,6 +44,7 @@ from benchmarks.harness.blocks import (
     run_blocks,
     seconds_per_step,
     step_seconds,
+    steps_of_block,
 )
 from benchmarks.harness.results import Bar, Findings
 from benchmarks.harness.setting import Setting
@@ -54,6 +57,7 @@ TARGET_RATIO = 1.01
 CHECKED_STEPS = 3
 FEATURE_LAYERS = {"features": "body"}
 MAP_LAYERS = {"features": "body", "map": "map"}
+AGAIN = "untraced again"
 
 
 def measure(setting: Setting) -> Findings:
@@ -67,7 +71,12 @@ def measure(setting: Setting) -> Findings:
             for arm, found in summary[name]["arms"].items():
                 ratio = found["ratio"]
                 bars.append(Bar(f"{name}, {arm}", ratio.median, ratio.low, ratio.high))
-    options = {**setting.described(), "checked_steps": CHECKED_STEPS, "least_steps": LEAST_STEPS}
+    options = {
+        **setting.described(),
+        "checked_steps": CHECKED_STEPS,
+        "least_steps": LEAST_STEPS,
+        "block_s": BLOCK_S,
+    }
     return Findings(options, samples, summary, "step time, traced / untraced", bars, TARGET_RATIO)
 
 
@@ -93,16 +102,16 @@ def time_batch_size(setting: Setting, batch_size: int) -> tuple[list[Block], dic
     trainers = {arm: copy.deepcopy(untraced) for arm in places}
     tracers: dict[str, ClassificationTracer] = {}
     try:
-        arms = {"untraced": untraced_arm(untraced)}
+        arms = {"untraced": untraced_arm(untraced), AGAIN: untraced_arm(copy.deepcopy(untraced))}
         for arm, (folder, layers) in places.items():
             config = TracerConfig(data_dir=folder)
             tracers[arm] = ClassificationTracer(trainers[arm].model, "benchmark", arm, layers, config=config)
             arms[arm] = traced_arm(trainers[arm], tracers[arm])
-        blocks = time_arms(setting, arms, 20.0)
+        blocks = time_arms(setting, arms, 60.0)
         summary: dict[str, Any] = {
             "depth": depth,
             "untraced_step_s": step_seconds(blocks, "untraced"),
-            "arms": {},
+            "arms": {AGAIN: compared(blocks, AGAIN, "untraced")},
         }
         step_s = summary["untraced_step_s"].median
         for arm, tracer in tracers.items():
@@ -128,8 +137,8 @@ def time_arms(setting: Setting, arms: dict[str, Arm], budget_s: float) -> list[B
     for arm in arms.values():
         arm.run(5)
         arm.drain()
-    steps = 3 if setting.is_quick else LEAST_STEPS
     slowest_s = max(seconds_per_step(arm, 2) for arm in arms.values())
+    steps = 3 if setting.is_quick else steps_of_block(slowest_s)
     budget_s = 0 if setting.is_quick else budget_s * (3 if setting.is_full else 1)
     least = 2 if setting.is_quick else 4
     rounds = rounds_within(budget_s, len(arms), slowest_s * steps, least=least, most=30)

@@ -7,6 +7,7 @@ arms are compared within a round, so that what drifts (clocks, a neighbour) meet
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from benchmarks.harness.estimates import Estimate, estimate_median
 
 LEAST_STEPS = 30
+# Several commit intervals: a shorter block would hold the drain of all that it captured, where training has
+# one drain at its end.
+BLOCK_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,26 @@ def seconds_per_step(arm: Arm, steps: int) -> float:
     return _time_block(0, "", arm, steps).wall_s / steps
 
 
+def steps_of_block(step_s: float) -> int:
+    """At least `LEAST_STEPS`, and at least `BLOCK_S` of them."""
+    return max(LEAST_STEPS, math.ceil(BLOCK_S / step_s))
+
+
 def rounds_within(budget_s: float, arms: int, block_s: float, *, least: int, most: int) -> int:
     """How many rounds fit into ``budget_s``."""
     return max(least, min(most, int(budget_s / (arms * block_s))))
 
 
 def ratio_of(blocks: list[Block], arm: str, base: str, *, cpu: bool = False) -> Estimate:
-    """Time of a step of ``arm`` over that of ``base``, round by round: median and interval."""
+    """Time of a step of ``arm`` over that of ``base``, by the rounds that have both: median and interval."""
     times: dict[tuple[int, str], float] = {
         (block.round, block.arm): (block.cpu_s if cpu else block.wall_s) / block.steps for block in blocks
     }
-    ratios = [times[number, arm] / value for (number, name), value in times.items() if name == base]
+    ratios = [
+        times[number, arm] / value
+        for (number, name), value in times.items()
+        if name == base and (number, arm) in times
+    ]
     return estimate_median(ratios)
 
 
