@@ -77,6 +77,9 @@ def _interval(found: dict[str, float], digits: int = 3) -> str:
 def _step_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for batch, found in summary.items():
         for arm, values in found["arms"].items():
+            if "captured_bytes_per_s" not in values:
+                yield f"the machine's noise: {arm} / untraced, {batch}", "", _interval(values["ratio"])
+                continue
             rate = values["captured_bytes_per_s"] / 1e6
             target = "1.03" if "map" in arm else "1.01"
             question = f"training step, traced / untraced, {batch}, {arm}, {rate:.0f} MB/s"
@@ -90,7 +93,11 @@ def _hook_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _sustained_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    targets = {"tmpfs, process": ">= 0.75", "disk, process": ">= 0.95", "disk, power": ">= 0.90"}
+    targets = {
+        "tmpfs, process": ">= 0.75",
+        "disk, process": ">= 0.95 on disks up to 1 GB/s",
+        "disk, power": ">= 0.90",
+    }
     for name, target in targets.items():
         found = summary[name]
         ours, bare = found["bytes_per_s"]["median"] / 1e9, found["bare_bytes_per_s"]["median"] / 1e9

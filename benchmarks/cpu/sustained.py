@@ -155,7 +155,7 @@ def write_bare(path: Path, values: torch.Tensor, calls: int, sync: Sync) -> Samp
 
 
 def write_traced(
-    folder: Path, values: torch.Tensor, calls: int, durability: Durability, *, until_closed: bool
+    folder: Path, values: torch.Tensor, calls: int, durability: Durability, *, until_closed: bool = False
 ) -> tuple[Sample, dict[str, Any], list[float]]:
     """The same bytes by a tracer; what was lost, and seconds of flushes of one small call each."""
     rows = len(values)

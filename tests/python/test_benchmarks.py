@@ -171,7 +171,11 @@ def some_results(folder: Path, *, quick: bool = False, committed: int = 10) -> N
     ]
     summaries = {
         "cpu_baselines": {"jobs": jobs},
-        "cpu_training_overhead": {"B = 256": {"arms": {"features, disk": {**arm, "losses": losses}}}},
+        "cpu_training_overhead": {
+            "B = 256": {
+                "arms": {"untraced again": {"ratio": ratio}, "features, disk": {**arm, "losses": losses}}
+            }
+        },
     }
     folder.mkdir()
     for name, summary in summaries.items():
@@ -191,6 +195,7 @@ def test_the_report_writes_between_its_markers_and_nowhere_else(tmp_path: Path) 
     assert text.endswith(f"\n{report.END}\nafter\n")
     assert "old" not in text
     assert "B = 256, features, disk, 40 MB/s | <= 1.01 | 1.020 (1.000 to 1.050) |" in text
+    assert "untraced again / untraced, B = 256 |  | 1.020 (1.000 to 1.050) |" in text
     assert report.main(arguments) == 0
     assert readme.read_text() == text
 
