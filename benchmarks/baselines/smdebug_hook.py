@@ -15,7 +15,7 @@ from benchmarks.baselines.base import Baseline
 
 class SmdebugHook(Baseline):
     name = "smdebug"
-    requires = ("smdebug", "pyinstrument_cext")
+    requires = ("smdebug", "pyinstrument", "boto3")
     survives = "kill"
 
     def open(self) -> None:
