@@ -287,7 +287,8 @@ void TensorSource::view_by_pointer() {
   if (!is_strided()) return;
   make_plain();
   const std::string dtype = py::str(tensor_.attr("dtype")).cast<std::string>();
-  dims_ = tensor_.attr("shape").cast<std::vector<std::int64_t>>();
+  dims_.clear();
+  for (const py::handle size : tensor_.attr("shape")) dims_.push_back(size.cast<std::int64_t>());
   view_.dims = dims_.data();
   view_.ndim = static_cast<std::uint32_t>(dims_.size());
   view_.bytes = tensor_.attr("nbytes").cast<std::uint64_t>();

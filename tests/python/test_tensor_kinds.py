@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import checkpoint
 
-from ml_debugger import TracerConfig, open_trace
+from ml_debugger import TracerConfig, _core, open_trace
 from ml_debugger.errors import InvalidInputError
 from ml_debugger.trace.dtypes import RECORDED_DTYPES
 from ml_debugger.tracer.outputs import STORABLE_DTYPES
@@ -45,6 +45,14 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen = self.layer(x)
         return self.head(x)
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["exchange API", "older torch"])
+def way_to_the_bytes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways in: that of torch 2.10 and newer, and the one of the versions before."""
+    _core._use_exchange_api(request.param)
+    yield
+    _core._use_exchange_api(True)
 
 
 @pytest.fixture
