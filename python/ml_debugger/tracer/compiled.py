@@ -37,8 +37,9 @@ _COMPILER = "torch._dynamo"
 _numbers = itertools.count()
 # Weak: a hook lives as long as it is attached, and what a user's reduction refers to is collected as ever.
 _targets: weakref.WeakValueDictionary[int, _core.CaptureHook] = weakref.WeakValueDictionary()
-# Missing before torch 2.7; there an exported program keeps the operator.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+# Before torch 2.7 there is none, and an exported program keeps the operator. Not `torch.compiler.is_exporting()`:
+# up to torch 2.9 the compiler takes it for true wherever it compiles.
+_HAS_EXPORT_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
 class _NoNameError(InvalidInputError, AttributeError):
@@ -81,12 +82,12 @@ _library = _define_operator()
 
 def _traced_call(hook: _core.CaptureHook, module: Any, arguments: Any, *output: Any) -> None:
     """The compiler's reading of a `CaptureHook`; what depends on the call is left to the operator."""
-    if _is_exporting():
+    if _HAS_EXPORT_FLAG and torch.compiler._is_exporting_flag:
         return
     value = output[0] if output else arguments
     for key in hook.picks:
         value = pick(value, key, hook.alias)
-    torch.ops.ml_debugger.capture(list(iterate_tensors(value)), hook.number)
+    torch.ops.ml_debugger.capture.default(list(iterate_tensors(value)), hook.number)
 
 
 def _refuse_name(hook: _core.CaptureHook) -> str:
