@@ -630,7 +630,9 @@ def test_the_operator_is_ordered_and_kept_out_of_cuda_graphs() -> None:
     from torch._higher_order_ops.effects import has_effects
 
     operator = torch.ops.ml_debugger.capture.default
-    arguments = [operator, (), {}][: len(inspect.signature(has_effects).parameters)]  # fewer in newer versions
+    arguments = [operator, (), {}][
+        : len(inspect.signature(has_effects).parameters)
+    ]  # fewer in newer versions
     assert has_effects(*arguments)
     assert torch.Tag.cudagraph_unsafe in operator.tags
 

@@ -37,8 +37,8 @@ _COMPILER = "torch._dynamo"
 _numbers = itertools.count()
 # Weak: a hook lives as long as it is attached, and what a user's reduction refers to is collected as ever.
 _targets: weakref.WeakValueDictionary[int, _core.CaptureHook] = weakref.WeakValueDictionary()
-# Before torch 2.7 there is none, and an exported program keeps the operator. Not `torch.compiler.is_exporting()`:
-# up to torch 2.9 the compiler takes it for true wherever it compiles.
+# Before torch 2.7 there is none, and an exported program keeps the operator. The public
+# `torch.compiler.is_exporting()` is true for the compiler wherever it compiles, up to torch 2.9.
 _HAS_EXPORT_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
