@@ -19,16 +19,18 @@ import pytest
 
 ATTACH_DEADLINE_S = 30.0
 _CALL_LINE = re.compile(r"(?:(\d+) +)?(\w+)\(")
-# What our code and LMDB call to write, and what glibc makes of it.
+# What our code and LMDB call to write, and what glibc makes of it. `require_every_call` keeps the list true.
 WRITE_CALLS = (
     "pwrite64",
     "pwritev",
+    "lseek",
+    "sync_file_range",
     "write",
     "fdatasync",
     "fsync",
     "openat",
+    "link",
     "rename",
-    "ftruncate",
     "fallocate",
     "mmap",
     "mkdir",
@@ -36,6 +38,17 @@ WRITE_CALLS = (
     "rmdir",
     "flock",
 )
+# Of recorders in these tests: groups of more than 4 MiB, so that commits write in strides.
+WIDE_ROWS = {"widths": [16, 200_000]}
+WIDE_RING = {"ring_bytes": 16 << 20}
+
+
+def require_every_call(counts: dict[str, int], but: tuple[str, ...] = ()) -> None:
+    """Fail where a fault is meant for a call that a life never makes, as after a change of the store."""
+    missing = [call for call in WRITE_CALLS if call not in counts and call not in but]
+    assert not missing, f"never called in this life: {missing}; counted: {counts}"
+    strange = [call for call in but if call in counts]
+    assert not strange, f"called after all: {strange}; counted: {counts}"
 
 
 def require_strace() -> None:
