@@ -184,6 +184,7 @@ void Environment::require_whole_file(bool to_write) const {
   }
 }
 
+#ifdef MLD_LMDB_SYSTEM
 void Environment::complete_file() const noexcept {
   int file = -1;
   struct stat status{};
@@ -195,6 +196,7 @@ void Environment::complete_file() const noexcept {
   // If it fails, the next look at the file tells.
   if (ftruncate(file, bytes) != 0) return;
 }
+#endif
 
 void Environment::open_databases(const std::string& directory, bool create) {
   MDB_txn* transaction = nullptr;

@@ -39,7 +39,7 @@ WRITE_CALLS = (
     "flock",
 )
 # Of recorders in these tests: groups of more than 4 MiB, so that commits write in strides.
-WIDE_ROWS = {"widths": [16, 200_000]}
+WIDE_ROWS = {"widths": [16, 300_000]}
 WIDE_RING = {"ring_bytes": 16 << 20}
 
 
