@@ -245,7 +245,7 @@ void StoreState::adopt_earlier_segments() {
       if (is_usable(segment)) {
         sync_file(segment + "/" + kDataFile);
         replace_file(segment + "/" + kSealedFile,
-                     "{\"format_version\": " + std::to_string(kFormatVersion) + "}\n", true);
+                     "{\"format_version\": " + std::to_string(kFormatVersion) + "}\n");
       }
     }
   }
