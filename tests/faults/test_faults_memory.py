@@ -1,4 +1,4 @@
-"""Allocations of the core that fail, on threads of the user and on the writer's, and threads that do not start."""
+"""Allocations of the core that fail, on threads of the user and of the writer; threads that do not start."""
 
 from __future__ import annotations
 
