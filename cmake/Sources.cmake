@@ -63,6 +63,7 @@ set(MLD_CORE_TESTS
     page_loan_test.cpp
     slot_copy_test.cpp
     segment_reader_test.cpp
+    fuzz_test.cpp
     store_test.cpp
     writer_test.cpp
     recorder_test.cpp
