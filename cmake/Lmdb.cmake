@@ -117,8 +117,9 @@ function(mld_lmdb_build)
   add_library(mld_lmdb STATIC "${MLD_LMDB_DIR}/mdb.c" "${MLD_LMDB_DIR}/midl.c")
   target_include_directories(mld_lmdb SYSTEM INTERFACE "${MLD_LMDB_DIR}")
   target_compile_options(mld_lmdb PRIVATE -w)
-  # Its pages may be ours, and it writes through us: csrc/store/page_loan.h, early_write_back.h.
-  target_compile_definitions(mld_lmdb PRIVATE malloc=mld_lmdb_malloc free=mld_lmdb_free writev=mld_lmdb_writev)
+  # Its pages may be ours, and it writes through us: csrc/store/page_loan.h, early_write_back.h, meta_write.h.
+  target_compile_definitions(mld_lmdb PRIVATE malloc=mld_lmdb_malloc free=mld_lmdb_free writev=mld_lmdb_writev
+                                              pwrite=mld_lmdb_pwrite)
   target_link_libraries(mld_lmdb PUBLIC Threads::Threads mld_lmdb_needs)
 
   # A wheel contains LMDB's object code, so it carries LMDB's licence.

@@ -33,6 +33,7 @@ set(MLD_CORE_SOURCES
 # What LMDB itself calls.
 set(MLD_LMDB_NEEDS_SOURCES
     csrc/store/early_write_back.cpp
+    csrc/store/meta_write.cpp
     csrc/store/page_loan.cpp)
 
 set(MLD_BINDING_SOURCES
@@ -58,9 +59,11 @@ set(MLD_CORE_TESTS
     partition_failure_test.cpp
     environment_test.cpp
     early_write_back_test.cpp
+    meta_write_test.cpp
     page_loan_test.cpp
     slot_copy_test.cpp
     segment_reader_test.cpp
+    fuzz_test.cpp
     store_test.cpp
     writer_test.cpp
     recorder_test.cpp

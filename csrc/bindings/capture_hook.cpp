@@ -68,6 +68,8 @@ PyObject* hook_call(PyObject* self, PyObject* const* arguments, std::size_t flag
   } catch (py::error_already_set& error) {
     error.restore();
     return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;

@@ -1,6 +1,8 @@
 #include "capture/attempt.h"
 
 #include <algorithm>
+#include <cerrno>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -20,16 +22,20 @@ void AttemptState::take_losses(std::uint64_t position, std::vector<LossNote>* no
   losses_.erase(losses_.begin(), split);
 }
 
-void AttemptState::fail(const StoreError& error) {
-  {
+void AttemptState::fail(const StoreError* error) noexcept {
+  try {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!failure_) failure_ = error;
+    if (!failure_ && error != nullptr) failure_ = *error;
+  } catch (const std::bad_alloc&) {
+    // Without words: raise_failure() has some.
   }
   failed_.store(true, std::memory_order_release);
 }
 
 void AttemptState::raise_failure() const {
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (!failure_ && is_failed())
+    throw StoreError(ENOMEM, "the trace cannot be written any more: out of memory while writing");
   if (!failure_) return;
   throw StoreError(failure_->code(),
                    std::string("the trace cannot be written any more: ") + failure_->what(),

@@ -74,7 +74,8 @@ class AttemptState {
   void set_settled(std::uint64_t position) noexcept {
     settled_.store(position, std::memory_order_release);
   }
-  void fail(const StoreError& error);
+  // `error` is null where there was no memory for one.
+  void fail(const StoreError* error) noexcept;
   // Notes that lie before `position` of the ring, in order.
   void take_losses(std::uint64_t position, std::vector<LossNote>* notes);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "capture/read_back.h"
 #include "ring/record.h"
@@ -119,8 +120,8 @@ std::uint64_t Recorder::begin_call(std::int64_t epoch, std::uint32_t batch_size)
 void Recorder::capture(ThreadCall& call, std::uint32_t column, const char* dtype,
                        const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
                        ByteSource& source, WaitHooks& hooks, int device) {
-  add_capture(call, column, dtype, dims, ndim, bytes, device);
   try {
+    add_capture(call, column, dtype, dims, ndim, bytes, device);
     copy_pieces(call, bytes, source.borrow(), HostWay{}, source, hooks);
   } catch (...) {
     break_call(call);
@@ -288,7 +289,11 @@ void Recorder::count_lost(ThreadCall& call, std::uint64_t rows) {
 void Recorder::abort_call() {
   ThreadCall* call = current_call();
   if (call == nullptr) return;
-  if (!call->pieces.empty()) note_loss(*call, 0, "");
+  try {
+    if (!call->pieces.empty()) note_loss(*call, 0, "");
+  } catch (const std::bad_alloc&) {
+    // The writer keeps what it knows of the call: a few bytes, and nobody reads its chunks.
+  }
   call->end(ThreadCall::State::kNone);
 }
 

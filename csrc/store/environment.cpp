@@ -105,8 +105,10 @@ std::shared_ptr<Environment> Environment::open(const std::string& directory, Acc
   const std::string data_path = directory + "/" + kDataFile;
   Process& registry = process();
   for (;;) {
-    std::unique_lock<std::mutex> lock(registry.environments_mutex);
+    std::unique_lock<std::mutex> lock(registry.environments_mutex, std::defer_lock);
+    // What is being made has no other handle, and making it may take for ever on a frozen disk.
     if (access != Access::kCreate) {
+      lock.lock();
       const auto found = registry.environments.find(file_id(data_path));
       if (found != registry.environments.end()) {
         if (auto shared = found->second.lock()) return shared;
@@ -123,9 +125,10 @@ std::shared_ptr<Environment> Environment::open(const std::string& directory, Acc
       environment->open_handle(directory, access, sync, map_bytes);
       environment->id_ = file_id(data_path);
     } catch (...) {
-      lock.unlock();
+      if (lock) lock.unlock();
       throw;
     }
+    if (!lock) lock.lock();
     registry.environments[environment->id_] = environment;
     return environment;
   }
@@ -184,6 +187,7 @@ void Environment::require_whole_file(bool to_write) const {
   }
 }
 
+#ifdef MLD_LMDB_SYSTEM
 void Environment::complete_file() const noexcept {
   int file = -1;
   struct stat status{};
@@ -195,6 +199,7 @@ void Environment::complete_file() const noexcept {
   // If it fails, the next look at the file tells.
   if (ftruncate(file, bytes) != 0) return;
 }
+#endif
 
 void Environment::open_databases(const std::string& directory, bool create) {
   MDB_txn* transaction = nullptr;

@@ -56,9 +56,12 @@ class Environment {
   // Throws StoreError: MDB_CORRUPTED if the file lacks pages that it says it has; ENOENT if it is
   // to be written to and was deleted, so that rows in it could never be found.
   void require_whole_file(bool to_write) const;
-  // Makes the file as long as its pages say; after a commit. LMDB does not write a last page that
-  // it took and gave back in one transaction.
+#ifdef MLD_LMDB_SYSTEM
+  // Makes the file as long as its pages say, after a commit; ours is before it (meta_write.h).
   void complete_file() const noexcept;
+#else
+  void complete_file() const noexcept {}
+#endif
 
  private:
   Environment() = default;

@@ -85,15 +85,15 @@ void sync_file(const std::string& path) {
   if (fdatasync(file.get()) != 0) throw_store_error(errno, "cannot sync", path);
 }
 
-void replace_file(const std::string& path, std::string_view content, bool durable) {
+void replace_file(const std::string& path, std::string_view content) {
   const std::string temporary = path + ".tmp";
   {
     const Descriptor file(temporary, O_WRONLY | O_CREAT | O_TRUNC, 0600);
     write_all(file.get(), content, temporary);
-    if (durable && fdatasync(file.get()) != 0) throw_store_error(errno, "cannot sync", temporary);
+    if (fdatasync(file.get()) != 0) throw_store_error(errno, "cannot sync", temporary);
   }
   rename_path(temporary, path);
-  if (durable) sync_directory(path.substr(0, path.rfind('/')));
+  sync_directory(path.substr(0, path.rfind('/')));
 }
 
 void allocate_file(const std::string& path, std::size_t bytes) {

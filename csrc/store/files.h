@@ -29,9 +29,9 @@ void make_directories(const std::string& path);
 // Forces a directory's entries to disk.
 void sync_directory(const std::string& path);
 void sync_file(const std::string& path);
-// Writes `content` to a file (0600) whole or not at all: temp file beside it, fsync, rename;
-// `durable` adds the fsyncs.
-void replace_file(const std::string& path, std::string_view content, bool durable);
+// Writes `content` to a file (0600) whole or not at all, also in a power cut: temp file beside it,
+// fsync, rename, fsync of the directory.
+void replace_file(const std::string& path, std::string_view content);
 // Makes a file (0600) of `bytes` zeros whose blocks are taken: writing to it through a map cannot
 // meet a full disk.
 void allocate_file(const std::string& path, std::size_t bytes);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <exception>
 #include <new>
 
 #include "store/crc32c.h"
@@ -47,6 +48,10 @@ CommitResult Partition::commit(Clock::time_point now) {
       waiting_since_.reset();
       return result;
     } catch (const std::bad_alloc&) {
+      if (CommitResult result; waits_longer(now)) {
+        result.outcome = CommitOutcome::kRetryLater;
+        return result;
+      }
       return handle_failure(StoreError(ENOMEM, "out of memory while writing"), now);
     } catch (const StoreError& error) {
       const bool segment_was_full =
@@ -65,10 +70,8 @@ CommitResult Partition::commit(Clock::time_point now) {
 CommitResult Partition::handle_failure(const StoreError& error, Clock::time_point now) {
   CommitResult result;
   if (is_temporary(error)) {
-    if (!waiting_since_) waiting_since_ = now;
-    retry_at_ = now + kRetryPause;
     result.outcome = CommitOutcome::kRetryLater;
-    if (now - *waiting_since_ < options_.give_up_after) return result;
+    if (waits_longer(now)) return result;
   } else if (!is_permanent(error.code()) && ++failures_ < kMaxFailuresInARow) {
     retire_segment();
     return result;
@@ -80,6 +83,12 @@ CommitResult Partition::handle_failure(const StoreError& error, Clock::time_poin
           : error;
   result.outcome = CommitOutcome::kFailed;
   return result;
+}
+
+bool Partition::waits_longer(Clock::time_point now) noexcept {
+  if (!waiting_since_) waiting_since_ = now;
+  retry_at_ = now + kRetryPause;
+  return now - *waiting_since_ < options_.give_up_after;
 }
 
 // LMDB reports a short write, which is what a full disk gives, as EIO; only the filesystem can tell
@@ -128,11 +137,19 @@ void Partition::retire_segment() noexcept {
   if (segment_ == nullptr) return;
   try {
     segment_->seal();
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     // It stays unsealed, which is true: readers take its lock file then.
     segment_->close();
   }
-  retired_.push_back(std::move(segment_));
+  set_aside();
+}
+
+void Partition::set_aside() noexcept {
+  try {
+    retired_.push_back(std::move(segment_));
+  } catch (const std::bad_alloc&) {
+    segment_.reset();  // then what is in it cannot be read back by the running call
+  }
 }
 
 CommitResult Partition::write_batch() {
@@ -153,7 +170,9 @@ CommitResult Partition::write_batch() {
     batch.put_header(gap.first_call, staging.header_scratch);
     batch.totals().discarded_rows += gap.rows;
   }
+  make_room_to_merge(staging);
   batch.commit();
+  // Nothing may fail from here on, or the batch would be written again.
   const std::uint64_t disk_bytes = segment_->disk_bytes();
   staging.result.grown_bytes = disk_bytes - std::min(disk_bytes, segment_disk_bytes_);
   segment_disk_bytes_ = disk_bytes;
@@ -224,10 +243,20 @@ void Partition::write_leftovers(Segment::Batch& batch, Staging& staging) {
   }
 }
 
-void Partition::merge(const Staging& staging) {
-  for (const std::uint64_t call : staging.finished_calls) forget_call(call);
+void Partition::make_room_to_merge(const Staging& staging) {
   for (const auto& [call, chunks] : staging.calls) {
     auto& open = open_calls_[call];
+    open.reserve(open.size() + chunks.size());
+  }
+}
+
+void Partition::merge(const Staging& staging) noexcept {
+  for (const std::uint64_t call : staging.finished_calls) {
+    open_calls_.erase(call);
+    doomed_calls_.erase(call);
+  }
+  for (const auto& [call, chunks] : staging.calls) {
+    auto& open = open_calls_.find(call)->second;
     for (const StagedChunk& staged : chunks) open.push_back(staged.ref);
   }
 }
@@ -266,16 +295,16 @@ void Partition::sync() noexcept {
   is_dirty_ = false;
   try {
     segment_->sync();
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     segment_->close();
-    retired_.push_back(std::move(segment_));
+    set_aside();
   }
 }
 
 void Partition::seal() {
   if (segment_ == nullptr) return;
   segment_->seal();
-  retired_.push_back(std::move(segment_));
+  set_aside();
   is_dirty_ = false;
 }
 

@@ -119,10 +119,14 @@ class Partition {
   void stage_chunk(const PendingRecord& record, Segment::Batch& batch, Staging& staging);
   void write_call(const RecordHeader& record, Segment::Batch& batch, Staging& staging);
   void write_leftovers(Segment::Batch& batch, Staging& staging);
-  void merge(const Staging& staging);
+  void make_room_to_merge(const Staging& staging);
+  void merge(const Staging& staging) noexcept;  // REQUIRES: make_room_to_merge()
   [[nodiscard]] std::uint64_t pending_page_bytes() const noexcept;
   void begin_segment();
   void retire_segment() noexcept;
+  void set_aside() noexcept;  // segment_, closed or sealed
+  // Notes that it has to wait; false when it has waited long enough.
+  bool waits_longer(Clock::time_point now) noexcept;
   CommitResult handle_failure(const StoreError& error, Clock::time_point now);
   [[nodiscard]] bool is_full(const StoreError& error) const;
   [[nodiscard]] bool is_temporary(const StoreError& error) const;

@@ -1,6 +1,7 @@
 #include "store/segment.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 
 #include <cstdio>
 #include <cstring>
@@ -57,7 +58,7 @@ Segment::Segment(std::string directory, const SegmentIdentity& identity, Sync sy
   environment_ = Environment::open(directory_, Access::kCreate, sync_, map_bytes_);
   map_bytes_ = environment_->map_bytes();
   // In both modes: a sealed segment survives a power cut, so what leads to it must.
-  replace_file(path(kSegmentFile), segment_json(identity_, sync_), true);
+  replace_file(path(kSegmentFile), segment_json(identity_, sync_));
   // LMDB never syncs directories; until every level is, a power cut may take the whole segment.
   const std::string partition = directory_.substr(0, directory_.rfind('/'));
   sync_directory(partition);
@@ -69,7 +70,14 @@ bool Segment::has_room_for(std::uint64_t bytes) const noexcept {
   return used_bytes_ + bytes + margin <= map_bytes_;
 }
 
-std::uint64_t Segment::disk_bytes() const { return disk_bytes_of(path(kDataFile)); }
+std::uint64_t Segment::disk_bytes() const noexcept {
+  int descriptor = -1;
+  struct stat status{};
+  if (mdb_env_get_fd(environment_->get(), &descriptor) != MDB_SUCCESS ||
+      fstat(descriptor, &status) != 0)
+    return 0;
+  return static_cast<std::uint64_t>(status.st_blocks) * 512;
+}
 
 void Segment::open() {
   if (!is_open()) environment_ = Environment::open(directory_, Access::kWrite, sync_, map_bytes_);
@@ -83,9 +91,7 @@ void Segment::sync() {
 void Segment::seal() {
   if (sync_ == Sync::kOnRequest) sync();
   close();
-  // With synced commits the file tells only that no lock is needed; losing it in a power cut loses
-  // nothing.
-  replace_file(path(kSealedFile), sealed_json(totals_), sync_ == Sync::kOnRequest);
+  replace_file(path(kSealedFile), sealed_json(totals_));
 }
 
 // Nobody reads what was just appended, and a container's memory limit counts it: clean pages go. It

@@ -37,7 +37,8 @@ class Segment {
   [[nodiscard]] bool is_open() const noexcept { return environment_ != nullptr; }
   // Whether `bytes` more (values and their pages) fit the map with a margin for the trees.
   [[nodiscard]] bool has_room_for(std::uint64_t bytes) const noexcept;
-  [[nodiscard]] std::uint64_t disk_bytes() const;
+  // REQUIRES: is_open()
+  [[nodiscard]] std::uint64_t disk_bytes() const noexcept;
 
   void open();  // after close(); nothing to do when it is open
   void close() noexcept {

@@ -146,22 +146,31 @@ StoreUse::StoreUse(const std::string& directory, const StoreOptions& options) {
                     "), where LMDB cannot be written to",
                 "choose a local TracerConfig.data_dir");
   }
-  Process& registry = process();
-  const std::lock_guard<std::mutex> lock(registry.stores_mutex);
-  std::weak_ptr<StoreState>& entry = registry.stores[file_id(directory)];
-  auto state = entry.lock();
-  if (state == nullptr || state->users_ == 0) {
-    state.reset(new StoreState(directory, options));
-    entry = state;
-  } else if (state->options_.sync != options.sync ||
-             state->options_.max_bytes != options.max_bytes) {
-    throw Error(
-        ErrorKind::kInvalidInput,
-        "another tracer of this process records this trace with another durability or max_bytes",
-        "give both tracers the same TracerConfig.durability and max_bytes");
+  const FileId id = file_id(directory);
+  {
+    Process& registry = process();
+    const std::lock_guard<std::mutex> lock(registry.stores_mutex);
+    std::weak_ptr<StoreState>& entry = registry.stores[id];
+    state_ = entry.lock();
+    if (state_ == nullptr || state_->users_ == 0) {
+      state_.reset(new StoreState(directory, options));
+      entry = state_;
+    } else if (state_->options_.sync != options.sync ||
+               state_->options_.max_bytes != options.max_bytes) {
+      state_.reset();
+      throw Error(
+          ErrorKind::kInvalidInput,
+          "another tracer of this process records this trace with another durability or max_bytes",
+          "give both tracers the same TracerConfig.durability and max_bytes");
+    }
+    ++state_->users_;
   }
-  ++state->users_;
-  state_ = std::move(state);
+  try {
+    state_->take();
+  } catch (...) {
+    release();
+    throw;
+  }
 }
 
 StoreUse::StoreUse(const StoreUse& other) : state_(other.state_) {
@@ -194,14 +203,20 @@ bool StoreState::owns(const std::string& segment_directory) {
   const auto found = registry.stores.find(file_id(rank));
   if (found == registry.stores.end()) return false;
   const auto state = found->second.lock();
-  return state != nullptr && state->users_ != 0;
+  return state != nullptr && state->lock_ != nullptr;
 }
 
-StoreState::StoreState(std::string directory, const StoreOptions& options)
-    : directory_(std::move(directory)),
-      options_(options),
-      lock_(std::make_unique<LockFile>(directory_ + "/" + kLockFile)) {
+void StoreState::take() {
+  const std::lock_guard<std::mutex> alone(taking_);
+  Process& registry = process();
+  {
+    const std::lock_guard<std::mutex> lock(registry.stores_mutex);
+    if (lock_ != nullptr) return;
+  }
+  auto file = std::make_unique<LockFile>(directory_ + "/" + kLockFile);
   adopt_earlier_segments();
+  const std::lock_guard<std::mutex> lock(registry.stores_mutex);
+  lock_ = std::move(file);
 }
 
 std::string StoreState::partition_directory(std::int64_t epoch) const {
@@ -210,6 +225,7 @@ std::string StoreState::partition_directory(std::int64_t epoch) const {
 
 // The last owner is dead or gone: finish its drops, seal what it left.
 void StoreState::adopt_earlier_segments() {
+  disk_bytes_.store(0, std::memory_order_relaxed);  // a taker before us may have failed half-way
   for (const std::string& name : list_directory(directory_)) {
     if (starts_with(name, kTrashPrefix)) remove_tree(directory_ + "/" + name);
     if (!starts_with(name, kPartitionPrefix)) continue;
@@ -229,7 +245,7 @@ void StoreState::adopt_earlier_segments() {
       if (is_usable(segment)) {
         sync_file(segment + "/" + kDataFile);
         replace_file(segment + "/" + kSealedFile,
-                     "{\"format_version\": " + std::to_string(kFormatVersion) + "}\n", true);
+                     "{\"format_version\": " + std::to_string(kFormatVersion) + "}\n");
       }
     }
   }

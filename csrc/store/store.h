@@ -5,15 +5,18 @@
 //   segments on disk  those of earlier processes are sealed when the store opens, and only read or
 //   dropped afterwards
 //
-// Thread safety: construction and destruction from any thread (process().stores_mutex); drop_* on
+// Thread safety: construction and destruction from any thread; process().stores_mutex is never held
+// over file work, which may take for ever on a frozen disk; drop_* on
 // the writer thread, or on any one thread while no writer runs; the counters from anywhere.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "process.h"
@@ -73,7 +76,11 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
 
  private:
   friend class StoreUse;
-  StoreState(std::string directory, const StoreOptions& options);
+  StoreState(std::string directory, const StoreOptions& options)
+      : directory_(std::move(directory)), options_(options) {}
+  // Takes the lock and what earlier processes left, unless that is done. REQUIRES: users_ counts
+  // the caller.
+  void take();
   void adopt_earlier_segments();
   DroppedRows delete_directories(const std::vector<std::string>& directories, bool count);
   std::string next_trash_name();
@@ -81,6 +88,7 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
 
   const std::string directory_;
   const StoreOptions options_;
+  std::mutex taking_;               // held by the one who takes
   std::unique_ptr<LockFile> lock_;  // protected by process().stores_mutex, as is users_
   std::size_t users_ = 0;
   std::uint64_t trash_counter_ = 0;

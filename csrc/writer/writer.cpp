@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <new>
 #include <string>
 #include <thread>
 
@@ -114,12 +115,17 @@ bool Writer::read_group(std::uint64_t group_bytes) {
       waits_for_copy_ = true;
       break;
     }
+    if (!slot.abandoned) {
+      const auto* header = reinterpret_cast<const RecordHeader*>(slot.data);
+      try {
+        take({slot.position, header}, copy);
+      } catch (const std::bad_alloc&) {
+        break;  // it stays in the ring, as does all behind it, until there is memory
+      }
+      bytes += header->payload_bytes;
+    }
     ring_.advance(slot);
     read_some = true;
-    if (slot.abandoned) continue;
-    const auto* header = reinterpret_cast<const RecordHeader*>(slot.data);
-    bytes += header->payload_bytes;
-    take({slot.position, header}, copy);
   }
   return read_some;
 }
@@ -201,7 +207,7 @@ void Writer::commit(Track& track, Partition& partition, Clock::time_point now) {
   const CommitResult result = partition.commit(now);
   Ledger& ledger = track.attempt->ledger();
   if (result.outcome == CommitOutcome::kRetryLater) return;
-  if (result.outcome == CommitOutcome::kFailed) return fail_track(track, *partition.failure());
+  if (result.outcome == CommitOutcome::kFailed) return fail_track(track, &*partition.failure());
   track.attempt->store().add_disk_bytes(result.grown_bytes);
   ledger.commit(result.committed.rows, result.committed.bytes);
   if (result.dropped.rows != 0) ledger.drop(result.dropped.rows, result.dropped.bytes);
@@ -211,7 +217,7 @@ void Writer::commit(Track& track, Partition& partition, Clock::time_point now) {
 
 // One partition's storage is beyond hope, so its attempt cannot be complete: the attempt ends here,
 // counted.
-void Writer::fail_track(Track& track, const StoreError& error) {
+void Writer::fail_track(Track& track, const StoreError* error) noexcept {
   for (const auto& [epoch, partition] : track.partitions) {
     const Tally tally = partition->discard_pending();
     track.attempt->ledger().fail(tally.rows, tally.bytes);
@@ -220,9 +226,14 @@ void Writer::fail_track(Track& track, const StoreError& error) {
   track.attempt->fail(error);
 }
 
-void Writer::give_up(const char* why) {
-  const StoreError error(EIO, std::string("the writer failed: ") + why);
-  for (auto& [id, track] : tracks_) fail_track(track, error);
+void Writer::give_up(const char* why) noexcept {
+  std::optional<StoreError> error;
+  try {
+    error.emplace(EIO, std::string("the writer failed: ") + why);
+  } catch (const std::bad_alloc&) {
+    // Then without words.
+  }
+  for (auto& [id, track] : tracks_) fail_track(track, error ? &*error : nullptr);
   release_committed();
 }
 
@@ -240,15 +251,15 @@ void Writer::release_committed() {
 }
 
 Partition& Writer::partition_of(Track& track, std::int64_t epoch) {
-  std::unique_ptr<Partition>& partition = track.partitions[epoch];
-  if (partition == nullptr) {
-    const AttemptState& attempt = *track.attempt;
-    const StoreOptions& store = attempt.store().options();
-    partition = std::make_unique<Partition>(PartitionOptions{
-        attempt.store().partition_directory(epoch), store.rank, attempt.options().attempt, epoch,
-        store.sync, store.segment_bytes, attempt.options().stall_timeout});
-  }
-  return *partition;
+  if (const auto found = track.partitions.find(epoch); found != track.partitions.end())
+    return *found->second;
+  const AttemptState& attempt = *track.attempt;
+  const StoreOptions& store = attempt.store().options();
+  // Made before it has a place: without memory there must not be an empty place.
+  auto partition = std::make_unique<Partition>(PartitionOptions{
+      attempt.store().partition_directory(epoch), store.rank, attempt.options().attempt, epoch,
+      store.sync, store.segment_bytes, attempt.options().stall_timeout});
+  return *track.partitions.emplace(epoch, std::move(partition)).first->second;
 }
 
 void Writer::make_room_for(Partition& partition) {

@@ -53,7 +53,7 @@ class Writer {
   bool read_piece(std::uint32_t attempt_id, std::int64_t epoch, std::uint64_t call,
                   std::uint32_t capture, std::size_t piece, const CapturePiece& where, void* out);
   // Ends every attempt, counted: the writer itself cannot go on with what is pending.
-  void give_up(const char* why);
+  void give_up(const char* why) noexcept;
   // The store's status file; never throws, since it only informs.
   void write_status(const StoreState& store, bool recording) noexcept;
   // The same for every store whose counters have moved since.
@@ -78,7 +78,7 @@ class Writer {
   void collect_losses();
   bool commit_due(Clock::time_point now);
   void commit(Track& track, Partition& partition, Clock::time_point now);
-  void fail_track(Track& track, const StoreError& error);
+  void fail_track(Track& track, const StoreError* error) noexcept;
   void release_committed();
   Partition& partition_of(Track& track, std::int64_t epoch);
   Partitions::iterator drop_partition(Track& track, Partitions::iterator it);

@@ -330,8 +330,8 @@ TEST(drop_waits_for_a_reader_that_is_at_work) {
 
 TEST(files_are_replaced_whole_and_only_for_their_owner) {
   const TempDir directory;
-  mld::replace_file(directory / "f", "old", true);
-  mld::replace_file(directory / "f", "new", false);
+  mld::replace_file(directory / "f", "old");
+  mld::replace_file(directory / "f", "new");
   CHECK_EQ(support::read_file(directory / "f"), "new");
   CHECK(mld::list_directory(directory.path()) == std::vector<std::string>{"f"});
   mld::make_directories(directory / "a/b/c");

@@ -7,6 +7,7 @@ What the layers return is known before the forward, bit for bit: the notes owe n
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import signal
@@ -29,6 +30,7 @@ from ml_debugger.training import ClassificationTracer
 
 LAW = ("committed", "discarded", "failed", "in_flight")
 EPOCHS_A_ROUND = 8
+ACKNOWLEDGED = "/acknowledged"  # no file; see Recorder._announce
 WIDTHS = (16, 3000)  # floats a row: one tracer's captures ride in the header, the other's take chunks
 
 
@@ -137,7 +139,7 @@ class Recorder:
         for name, *arguments in self._job["steps"]:
             try:
                 getattr(self, f"_step_{name}")(*arguments)
-            except MlDebuggerError as error:
+            except (MlDebuggerError, MemoryError) as error:
                 self._note(name, error)
                 if not tolerant:
                     raise
@@ -189,12 +191,12 @@ class Recorder:
             np.save(self._job["hook_times"], np.array(self._hook_times))
         with self._watching:  # else an old figure could overwrite the final one
             pass
-        first: MlDebuggerError | None = None
+        first: MlDebuggerError | MemoryError | None = None
         for number, tracer in enumerate(tracers):
             begin = time.monotonic()
             try:
                 tracer.close()
-            except MlDebuggerError as error:
+            except (MlDebuggerError, MemoryError) as error:
                 first = first or error
             else:
                 self._acknowledge(number, tracer, marks, "flushed", "sealed")
@@ -228,8 +230,10 @@ class Recorder:
         epoch += self._base_epoch
         for number, tracer in enumerate(self._tracers):
             self._ledger.drops[number][epoch] = DROP_BEGUN
+            self._announce("drops", number, epoch, DROP_BEGUN)
             tracer.drop_epoch_data(epoch)
             self._ledger.drops[number][epoch] = DROPPED
+            self._announce("drops", number, epoch, DROPPED)
 
     def _step_drop_all(self) -> None:
         for number, tracer in enumerate(self._tracers):
@@ -255,6 +259,20 @@ class Recorder:
         resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1]))
         self._say(f"limited {name} to {soft}")
 
+    def _step_starve(self, whom: str, number: int, ever: bool) -> None:
+        """Let allocations of the core fail, from the N-th on or only that one; `failing_allocator.cpp`."""
+        span = [0, 0]
+        if whom == "user":  # Python and torch have their memory; all that the writer does is the core's
+            lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+            parts = [line[0].split("-") for line in lines if "/_core." in line[-1]]
+            span = [min(int(part[0], 16) for part in parts), max(int(part[1], 16) for part in parts)]
+        ctypes.CDLL(None).starve(*map(ctypes.c_ulong, span), ctypes.c_long(number), int(ever))
+
+    def _step_feed(self) -> None:
+        """No allocation fails any more; says how many there were, and how many have failed."""
+        library = ctypes.CDLL(None)
+        self._say(f"allocations {library.feed()} failed {library.failed()}")
+
     def _step_sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
@@ -270,6 +288,12 @@ class Recorder:
         for lane in self._lanes_of(number):
             for word in what:
                 self._ledger.lanes[word][lane] = marks[lane]
+                self._announce(word, lane, marks[lane])
+
+    def _announce(self, word: str, *numbers: int) -> None:
+        """To whoever logs system calls: an acknowledgement has its place among them."""
+        if self._job.get("announce"):
+            os.access("/".join([ACKNOWLEDGED, word, *map(str, numbers)]), os.F_OK)
 
     def _lanes_of(self, tracer: int) -> range:
         return range(tracer * self._shape.threads, (tracer + 1) * self._shape.threads)
@@ -296,7 +320,8 @@ class Recorder:
                     tracer.flush()
                     if lost_nothing(tracer):
                         self._ledger.lanes["flushed"][lane] = call + 1
-            except MlDebuggerError as error:
+                        self._announce("flushed", lane, call + 1)
+            except (MlDebuggerError, MemoryError) as error:
                 self._ledger.lanes["errors"][lane] += 1
                 self._note("call", error)
                 if not self._job.get("tolerant", False):

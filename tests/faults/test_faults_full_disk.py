@@ -195,3 +195,72 @@ def check_frozen(policy: str, disk: Disk, trial: Trial, process: Any, hook_times
         times = np.load(hook_times)
         frozen = times[times[:, 0] > frozen_at + 0.2][:, 1]
         assert len(frozen) > 100 and np.median(frozen) <= 100e-6, f"hook: median {np.median(frozen) * 1e6} us"
+
+
+OPENING = """
+import os, signal, sys, time
+from ml_debugger import TracerConfig, open_trace
+from ml_debugger.errors import TraceStallError
+from ml_debugger.training import ClassificationTracer
+from recorder import Scene, make_call
+
+def opened(data_dir, version, seconds=0.5):
+    config = TracerConfig(data_dir=data_dir, ring_bytes=1 << 20, stall_timeout_s=seconds, close_timeout_s=1.0)
+    return ClassificationTracer(Scene(), "net", version, {"features": "tap"}, config=config)
+
+frozen, sound = ARGS
+before = opened(sound, "before")
+x, labels, ids = make_call(0, 0, 0, 16)
+before(x, labels, ids, "train", 0)
+for _ in range(2):  # the second one waits for the first, which still sits there
+    begin = time.monotonic()
+    try:
+        opened(frozen, "late")
+        print("opened", flush=True)
+    except TraceStallError as error:
+        print(f"stalled after {time.monotonic() - begin:.3f} s: {error}", flush=True)
+before.flush()
+before(x, labels, ids, "train", 1)
+begin = time.monotonic()
+before.close()
+rows = open_trace("net", "before", data_dir=sound).num_rows("extracted_feature")
+print(f"closed after {time.monotonic() - begin:.3f} s, rows {rows} of {2 * len(ids)}", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)  # thawed meanwhile
+tracer = opened(frozen, "late", 20.0)
+tracer(x, labels, ids, "train", 0)
+tracer.close()
+trace = open_trace("net", "late", data_dir=frozen)
+print("recorded", trace.num_rows("extracted_feature"), "of", len(ids), "attempts", trace.attempts, flush=True)
+"""
+
+
+def test_a_tracer_that_is_made_on_a_frozen_disk_stalls_in_time_and_can_be_made_later(
+    make_trial: Callable[..., Any], score: Callable[[str], Score], tmp_path: Path
+) -> None:
+    require_tools("fsfreeze")
+    tally = score("frozen filesystem under a tracer being made: TraceStallError in time, later it works")
+    tally.rounds += 1
+    with ext4(tmp_path / "disk", 64) as disk:
+        trial = make_trial(tally, data_dir=disk.mount / "data")
+        places = [str(disk.mount / "data"), str(tmp_path / "sound")]
+        job = {"kind": "script", "source": OPENING, "args": places}
+        disk.freeze()
+        try:
+            process = trial.server.start({**job, "log": str(tmp_path / "opening.log")})
+            trial.processes.append(process)
+            process.wait_until_stopped(PATIENCE_S)
+            log = process.output()
+            assert not (disk.mount / "data").exists()
+            tally.fired += log.count("stalled after") == 2
+        finally:
+            disk.thaw()
+        stalls = seconds_in(log, "stalled after")
+        assert len(stalls) == 2 and max(stalls) < 0.5 + SLACK_S, log
+        assert max(seconds_in(log, "closed after")) < 1.0 + SLACK_S, log
+        os.kill(process.pid, signal.SIGCONT)
+        assert trial.wait(process) == 0, process.output()
+        assert re.search(r"rows (\d+) of \1\n", log), log
+        assert re.search(r"recorded (\d+) of \1 ", process.output())
+        process = trial.start([["open"], ["train", 3, 1], ["close"]])
+        assert trial.wait(process) == 0, process.output()
+        trial.verify()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from injection import WRITE_CALLS, Injection, require_strace
+from injection import WIDE_RING, WIDE_ROWS, WRITE_CALLS, Injection, require_every_call, require_strace
 from trials import Score, is_long, rounds
 
 ROUNDS_A_STORE = 10
@@ -61,7 +61,7 @@ def a_life(folder: Path) -> list[Any]:
 
 def count_calls(trial: Any, steps: list[Any]) -> dict[str, int]:
     """How often each system call is made in an undisturbed life."""
-    process = trial.start(steps, flush_every=2)
+    process = trial.start(steps, flush_every=2, **WIDE_ROWS)
     process.wait_until_stopped()
     harmless = [f"{call}:error=EIO:when=65535" for call in WRITE_CALLS]
     with Injection(process.pid, harmless, trial.folder / "count.strace", all_threads=True) as injection:
@@ -84,16 +84,17 @@ def test_kill_9_at_every_write_call_of_a_life(
     exports = tmp_path / "exports"
     exports.mkdir()
     steps = a_life(exports)
-    counts = count_calls(make_trial(tally), steps)
+    counts = count_calls(make_trial(tally, config=WIDE_RING), steps)
+    require_every_call(counts)
     assert counts["pwrite64"] > 20 and counts["fdatasync"] > 10, counts
     cases = [(call, number) for call, count in counts.items() for number in range(1, count + 1)]
     random.Random(seed).shuffle(cases)
     cases = cases[: rounds(8)]
     for first in range(0, len(cases), ROUNDS_A_STORE):
-        trial = make_trial(tally)
+        trial = make_trial(tally, config=WIDE_RING)
         for call, number in cases[first : first + ROUNDS_A_STORE]:
             tally.rounds += 1
-            process = trial.start(steps, flush_every=2)
+            process = trial.start(steps, flush_every=2, **WIDE_ROWS)
             process.wait_until_stopped()
             log = trial.folder / f"{call}-{number}.strace"
             with Injection(process.pid, [f"{call}:signal=KILL:when={number}"], log, all_threads=True):

@@ -24,6 +24,7 @@ from ml_debugger.errors import (
 )
 from ml_debugger.store import layout
 from ml_debugger.tracer import lifecycle
+from ml_debugger.tracer.bounded import BoundedWork
 
 logger = logging.getLogger("ml_debugger")
 
@@ -52,6 +53,7 @@ class TraceSession:
         InvalidInputError: It has other aliases or fields.
         TraceInUseError: Another process writes to it.
         StorageError: The directory cannot be written.
+        TraceStallError: The disk did not answer within ``stall_timeout_s``.
     """
 
     def __init__(self, config: TracerConfig, rank: int, info: layout.VersionInfo, *, recreate: bool) -> None:
@@ -68,19 +70,32 @@ class TraceSession:
         self._reported = (0, 0)
         # Called once, when all is closed.
         self.on_closed: Callable[[], None] | None = None
-        # Attempt numbers and version files of this process's tracers must not interleave.
-        with _opening:
-            self._open(recreate)
+        opening = BoundedWork(f"opening {self._described}", lambda: self._open(recreate), _give_back)
+        self._store, self.recorder = opening.run(config.stall_timeout_s)
         lifecycle.register(self)
 
-    def _open(self, recreate: bool) -> None:
+    def _open(self, recreate: bool) -> tuple[_core.Store, _core.Recorder]:
+        """All that a tracer does to files on behalf of its caller."""
+        opening = _opening  # a fork renews it
+        # Attempt numbers and version files of this process's tracers must not interleave.
+        if not opening.acquire(timeout=self.config.stall_timeout_s):
+            raise TraceStallError(
+                f"opening {self._described} waited for a tracer of this process whose disk does not answer",
+                "look at that disk",
+            )
+        try:
+            return self._open_alone(recreate)
+        finally:
+            opening.release()
+
+    def _open_alone(self, recreate: bool) -> tuple[_core.Store, _core.Recorder]:
         if recreate:
             self._check_companions()
         else:
             self._check_recorded()
         layout.make_directory(self.rank_directory)
         config = self.config
-        self._store = _core.Store(
+        store = _core.Store(
             str(self.rank_directory),
             rank=self._rank,
             durability=config.durability,
@@ -88,11 +103,11 @@ class TraceSession:
         )
         try:
             if recreate:  # first, so that a crash in between leaves no rows under another model's name
-                self._store.drop_all(timeout_s=config.stall_timeout_s)
+                store.drop_all(timeout_s=config.stall_timeout_s)
             recorded = layout.write_version(self.directory, self.info, replace=recreate)
             if not recreate:
                 check_same_trace(recorded, self.info)
-            self.recorder = self._store.recorder(
+            recorder = store.recorder(
                 layout.register_attempt(self.rank_directory),
                 overflow=config.overflow,
                 on_error=config.on_error,
@@ -103,8 +118,9 @@ class TraceSession:
                 device_ring_bytes=config.device_ring_bytes,
             )
         except BaseException:
-            self._store.close()
+            store.close()
             raise
+        return store, recorder
 
     def _check_recorded(self) -> None:
         """Judge what is there before anything is made."""
@@ -290,6 +306,13 @@ def check_same_trace(recorded: layout.VersionInfo, wanted: layout.VersionInfo) -
             raise InvalidInputError(
                 f"{where} has the {name.replace('_', ' ')} {there}, this tracer has {here}", hint
             )
+
+
+def _give_back(opened: tuple[_core.Store, _core.Recorder]) -> None:
+    """A store that was opened when its tracer had given up already."""
+    store, recorder = opened
+    recorder.close(0.0)
+    store.close()
 
 
 def _ground_truth_rows(segment: layout.SegmentEntry) -> int:
