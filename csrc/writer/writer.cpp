@@ -360,6 +360,17 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept try 
   // Out of memory: the next one tells as much.
 }
 
+bool Writer::answer_requests() noexcept {
+  bool answered = false;
+  for (auto& [id, track] : tracks_) {
+    const std::string request = track.attempt->store().directory() + "/" + kFlushRequestFile;
+    if (unlink(request.c_str()) != 0) continue;
+    write_status(track.attempt->store(), true);
+    answered = true;
+  }
+  return answered;
+}
+
 void Writer::write_changed_status() noexcept {
   for (auto& [id, track] : tracks_) {
     const Counters counters = track.attempt->ledger().snapshot();

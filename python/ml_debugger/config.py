@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.job import process_rank
 from ml_debugger.memory import usable_memory_bytes
 
 __all__ = ["TracerConfig"]
@@ -135,16 +135,12 @@ class TracerConfig:
     @property
     def rank(self) -> int:
         """``data_rank``, or the process's rank as of now if none was given."""
-        return process_rank() if getattr(self, "_rank_is_default", False) else self.data_rank
+        return process_rank() if self.has_default_rank else self.data_rank
 
-
-def process_rank() -> int:
-    """Rank of this process in its job: from ``torch.distributed``, else ``RANK``, else 0."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
-    text = os.environ.get("RANK", "")
-    return int(text) if text.isascii() and text.isdigit() else 0
+    @property
+    def has_default_rank(self) -> bool:
+        """Whether neither an argument nor ``MLD_DATA_RANK`` chose ``data_rank``."""
+        return bool(getattr(self, "_rank_is_default", False))
 
 
 def _default_ring_bytes() -> int:

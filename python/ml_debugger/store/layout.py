@@ -25,6 +25,7 @@ from ml_debugger.errors import (
     NotFoundError,
     StorageError,
 )
+from ml_debugger.job import Job
 
 FORMAT_VERSION = 1
 DEFAULT_DATA_DIR = "mld_data"
@@ -329,10 +330,17 @@ def attempts(rank_dir: Path) -> list[int]:
     return [int(entry["attempt"]) for entry in attempt_entries(rank_dir)]
 
 
-def register_attempt(rank_dir: Path) -> int:
+def register_attempt(rank_dir: Path, job: Job | None = None) -> int:
     """Give out the next attempt number of a rank and record it durably.
 
+    The ranks of one job get one number for their first attempts, one for their second ones, and so on: by
+    it readers tell which rows are newer, whichever rank recorded them.
+
     REQUIRES: the caller holds the rank's writer lock.
+
+    Args:
+        rank_dir: Directory of the rank.
+        job: The job of this process; without one (or without its id) the rank counts by itself.
 
     Raises:
         StorageError: The numbers are used up, or the directory cannot be written.
@@ -344,14 +352,41 @@ def register_attempt(rank_dir: Path) -> int:
         for pattern in (_SEGMENT, _SLICE):
             found += [int(match[1]) for match, _ in _matching(partition.path, pattern)]
     attempt = max(found, default=-1) + 1
+    if job is not None and job.job_id is not None:
+        attempt = _attempt_of_job(rank_dir, job.job_id, entries, attempt)
     if attempt >= MAX_ATTEMPTS:
         raise StorageError(
             f"{rank_dir} has had {MAX_ATTEMPTS} attempts, the most that fit a row_id",
             "use another version_name",
         )
-    entries.append({"attempt": attempt, "started_unix_s": round(time.time(), 3), "pid": os.getpid()})
+    entry = {"attempt": attempt, "started_unix_s": round(time.time(), 3), "pid": os.getpid()}
+    entries.append(entry if job is None else {**entry, **job.entry()})
     write_attempts(rank_dir, entries)
     return attempt
+
+
+def _attempt_of_job(rank_dir: Path, job_id: str, own: list[dict[str, Any]], lowest: int) -> int:
+    """The number that the other ranks of a job gave to the same attempt, else one above all there are."""
+    others = [
+        entry
+        for _, directory in rank_directories(rank_dir.parent)
+        if directory != rank_dir
+        for entry in attempt_entries(directory)
+    ]
+    before = sum(entry.get("job") == job_id for entry in own)
+    shared = sorted({int(entry["attempt"]) for entry in others if entry.get("job") == job_id})
+    if before < len(shared) and shared[before] >= lowest:
+        return shared[before]
+    return max([lowest - 1, *(int(entry["attempt"]) for entry in others)]) + 1
+
+
+def withdraw_attempt(rank_dir: Path, attempt: int) -> None:
+    """Take back the number that was given out last, under which nothing was recorded.
+
+    REQUIRES: the caller holds the rank's writer lock.
+    """
+    entries = attempt_entries(rank_dir)
+    write_attempts(rank_dir, [entry for entry in entries if entry["attempt"] != attempt])
 
 
 def write_attempts(rank_dir: Path, entries: list[dict[str, Any]]) -> None:

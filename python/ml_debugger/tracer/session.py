@@ -22,7 +22,8 @@ from ml_debugger.errors import (
     TraceInUseError,
     TraceStallError,
 )
-from ml_debugger.store import layout
+from ml_debugger.job import current_job
+from ml_debugger.store import job_ranks, layout
 from ml_debugger.tracer import lifecycle
 
 logger = logging.getLogger("ml_debugger")
@@ -50,7 +51,7 @@ class TraceSession:
     Raises:
         ArchitectureMismatchError: The trace belongs to another architecture.
         InvalidInputError: It has other aliases or fields.
-        TraceInUseError: Another process writes to it.
+        TraceInUseError: Another process writes to it under this rank, or another job does.
         StorageError: The directory cannot be written.
     """
 
@@ -61,6 +62,7 @@ class TraceSession:
         self.directory = layout.trace_directory(data_dir, info.model_name, info.version_name)
         self.rank_directory = layout.rank_directory(self.directory, rank)
         self._rank = rank
+        self.job = current_job(is_default_rank=config.has_default_rank)
         self._pid = os.getpid()
         self._closed = False
         # Re-entrant: a signal handler that closes may run inside of a close that waits.
@@ -87,13 +89,14 @@ class TraceSession:
             max_bytes=config.max_bytes,
         )
         try:
+            attempt = self._register_attempt()
             if recreate:  # first, so that a crash in between leaves no rows under another model's name
                 self._store.drop_all(timeout_s=config.stall_timeout_s)
             recorded = layout.write_version(self.directory, self.info, replace=recreate)
             if not recreate:
                 check_same_trace(recorded, self.info)
             self.recorder = self._store.recorder(
-                layout.register_attempt(self.rank_directory),
+                attempt,
                 overflow=config.overflow,
                 on_error=config.on_error,
                 ring_bytes=config.ring_bytes,
@@ -105,6 +108,16 @@ class TraceSession:
         except BaseException:
             self._store.close()
             raise
+
+    def _register_attempt(self) -> int:
+        attempt = layout.register_attempt(self.rank_directory, self.job)
+        try:
+            # After the registration: of two jobs that begin at the same moment one at least sees the other.
+            job_ranks.refuse_other_jobs(self.directory, self._rank, self.job)
+        except TraceInUseError:
+            layout.withdraw_attempt(self.rank_directory, attempt)
+            raise
+        return attempt
 
     def _check_recorded(self) -> None:
         """Judge what is there before anything is made."""
