@@ -105,7 +105,7 @@ void wait_for_readers(const std::string& segment) {
 
 }  // namespace
 
-LockFile::LockFile(const std::string& path)
+LockFile::LockFile(const std::string& path, std::string_view owner)
     : descriptor_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)) {
   if (descriptor_ < 0) throw_store_error(errno, "cannot open", path);
   // Somebody who only asks (is_held) has it for an instant; a writer has it for long.
@@ -122,6 +122,11 @@ LockFile::LockFile(const std::string& path)
                 "end that process, or record under another version_name");
   }
   guard_lock_descriptor(descriptor_);
+  // On a full disk it tells nothing, which others take for an owner who does not say.
+  if (ftruncate(descriptor_, 0) == 0) {
+    const ssize_t written = pwrite(descriptor_, owner.data(), owner.size(), 0);
+    static_cast<void>(written);
+  }
 }
 
 LockFile::~LockFile() {
@@ -200,7 +205,7 @@ bool StoreState::owns(const std::string& segment_directory) {
 StoreState::StoreState(std::string directory, const StoreOptions& options)
     : directory_(std::move(directory)),
       options_(options),
-      lock_(std::make_unique<LockFile>(directory_ + "/" + kLockFile)) {
+      lock_(std::make_unique<LockFile>(directory_ + "/" + kLockFile, options.owner)) {
   adopt_earlier_segments();
 }
 

@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "process.h"
@@ -26,6 +27,7 @@ struct StoreOptions {
   Sync sync = Sync::kEveryCommit;
   std::optional<std::uint64_t> max_bytes;
   std::size_t segment_bytes = std::size_t{4} << 30;
+  std::string owner;  // what the lock file tells others of who holds it
 };
 
 struct DroppedRows {
@@ -35,8 +37,8 @@ struct DroppedRows {
 // flock on a file, let go by forked children.
 class LockFile {
  public:
-  // Throws Error(kTraceInUse) when another process holds it.
-  explicit LockFile(const std::string& path);
+  // Throws Error(kTraceInUse) when another process holds it. `owner` is written into the file.
+  explicit LockFile(const std::string& path, std::string_view owner = {});
   ~LockFile();
   LockFile(const LockFile&) = delete;
   LockFile& operator=(const LockFile&) = delete;

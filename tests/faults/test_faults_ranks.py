@@ -38,6 +38,7 @@ def manifest(path: Path) -> dict[str, Any]:
 # Nothing is committed by itself in this time.
 RECORD_AND_WAIT = """
 tracer = open_tracer(commit_interval_s=3600.0)
+time.sleep(0.3)  # what opening it has woken is asleep again
 for number in range(5):
     call(tracer, number)
 reach("handed")
@@ -189,7 +190,7 @@ except errors.TraceInUseError as error:
     result["refused"] = str(error)
 """
     refused = ranks.run(0, source, **environment)["refused"]
-    assert "rank 1 belongs to the job 'localhost:29500#0'" in refused
+    assert f"rank 1 (process {other.pid}) belongs to the job 'localhost:29500#0'" in refused
     assert name in refused
     assert open_trace("net", "v1", data_dir=ranks.data_dir).attempts == [0]
     ranks.run(0, "tracer = open_tracer()\ncall(tracer, 0)")  # of the same job

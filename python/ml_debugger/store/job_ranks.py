@@ -6,6 +6,8 @@ Reads small files and asks for locks; opens no segment. All waits have a deadlin
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from ml_debugger.store.status import is_writing, read_status
 
 FLUSH_REQUEST_FILE = "flush.request"
 _POLL_S = 0.02
+_OWNER_TRIES = 5
 _NAMED = 8
 
 
@@ -29,7 +32,7 @@ class Unsettled:
     Attributes:
         rank: Which.
         pid: Its process, where its status file tells.
-        rows: How many rows are known of; 0 when the rank did not answer and none are known.
+        rows: How many rows are known of; 0 when the rank did not answer and its status file tells of none.
         is_dead: Whether its process has ended; otherwise it is late.
     """
 
@@ -39,10 +42,16 @@ class Unsettled:
     is_dead: bool
 
     def __str__(self) -> str:
-        rows = f"{self.rows} rows" if self.rows else "what it had handed over"
         if self.is_dead:
-            return f"rank {self.rank} has ended, and {rows} with it"
-        return f"rank {self.rank} (process {self.pid}) did not commit {rows} in time"
+            return f"rank {self.rank} has ended, and {self.rows} rows with it that were not committed"
+        if self.rows:
+            return f"rank {self.rank} (process {self.pid}) did not commit {self.rows} rows in time"
+        return f"rank {self.rank} (process {self.pid}) did not answer in time; what it has not told of is missing"
+
+
+def owner_text(job: Job) -> str:
+    """What a rank's lock file tells of who holds it."""
+    return json.dumps({"job": job.job_id, "pid": os.getpid()})
 
 
 def refuse_other_jobs(trace_dir: Path, own_rank: int, job: Job) -> None:
@@ -52,16 +61,31 @@ def refuse_other_jobs(trace_dir: Path, own_rank: int, job: Job) -> None:
         TraceInUseError: A rank of another job records here.
     """
     for rank, rank_dir in layout.rank_directories(trace_dir):
-        if rank == own_rank:
-            continue
-        entries = layout.attempt_entries(rank_dir)
-        if entries and entries[-1].get("job") != job.job_id and is_writing(rank_dir):
-            other = entries[-1].get("job")
+        if rank != own_rank and (owner := _owner_of_another_job(rank_dir, job)) is not None:
             raise TraceInUseError(
-                f"another job is recording this trace: its rank {rank} belongs to {_described(other)}, this "
-                f"process to {_described(job.job_id)}",
+                f"another job is recording this trace: its rank {rank} (process {owner.get('pid')}) belongs to "
+                f"{_described(owner['job'])}, this process to {_described(job.job_id)}",
                 "end that job, or record under another version_name",
             )
+
+
+def _owner_of_another_job(rank_dir: Path, job: Job) -> dict[str, Any] | None:
+    for _ in range(_OWNER_TRIES):
+        owner = _owner(rank_dir)
+        if owner is None or owner["job"] == job.job_id or not is_writing(rank_dir):
+            return None
+        # Who has just taken the lock writes its name an instant later.
+        time.sleep(_POLL_S)
+    return owner
+
+
+def _owner(rank_dir: Path) -> dict[str, Any] | None:
+    """Who held the lock of a rank last; None where the file does not tell."""
+    try:
+        owner = json.loads((rank_dir / layout.LOCK_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) and "job" in owner else None
 
 
 def _described(job_id: str | None) -> str:

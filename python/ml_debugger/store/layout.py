@@ -380,15 +380,6 @@ def _attempt_of_job(rank_dir: Path, job_id: str, own: list[dict[str, Any]], lowe
     return max([lowest - 1, *(int(entry["attempt"]) for entry in others)]) + 1
 
 
-def withdraw_attempt(rank_dir: Path, attempt: int) -> None:
-    """Take back the number that was given out last, under which nothing was recorded.
-
-    REQUIRES: the caller holds the rank's writer lock.
-    """
-    entries = attempt_entries(rank_dir)
-    write_attempts(rank_dir, [entry for entry in entries if entry["attempt"] != attempt])
-
-
 def write_attempts(rank_dir: Path, entries: list[dict[str, Any]]) -> None:
     """Replace `attempts.json`, atomic and durable."""
     write_json(rank_dir / _ATTEMPTS_FILE, {"format_version": FORMAT_VERSION, "attempts": entries})

@@ -87,16 +87,18 @@ class TraceSession:
             rank=self._rank,
             durability=config.durability,
             max_bytes=config.max_bytes,
+            owner=job_ranks.owner_text(self.job),
         )
         try:
-            attempt = self._register_attempt()
+            # The lock is held and says whose it is: of two jobs that begin at once, one at least sees the other.
+            job_ranks.refuse_other_jobs(self.directory, self._rank, self.job)
             if recreate:  # first, so that a crash in between leaves no rows under another model's name
                 self._store.drop_all(timeout_s=config.stall_timeout_s)
             recorded = layout.write_version(self.directory, self.info, replace=recreate)
             if not recreate:
                 check_same_trace(recorded, self.info)
             self.recorder = self._store.recorder(
-                attempt,
+                layout.register_attempt(self.rank_directory, self.job),
                 overflow=config.overflow,
                 on_error=config.on_error,
                 ring_bytes=config.ring_bytes,
@@ -108,16 +110,6 @@ class TraceSession:
         except BaseException:
             self._store.close()
             raise
-
-    def _register_attempt(self) -> int:
-        attempt = layout.register_attempt(self.rank_directory, self.job)
-        try:
-            # After the registration: of two jobs that begin at the same moment one at least sees the other.
-            job_ranks.refuse_other_jobs(self.directory, self._rank, self.job)
-        except TraceInUseError:
-            layout.withdraw_attempt(self.rank_directory, attempt)
-            raise
-        return attempt
 
     def _check_recorded(self) -> None:
         """Judge what is there before anything is made."""

@@ -28,7 +28,7 @@ class Gathering:
     def settle(self, timeout_s: float) -> None:
         """Wait for what the other ranks have handed over; see `job_ranks.settle_other_ranks`."""
         for found in job_ranks.settle_other_ranks(self._trace_dir, self._rank, self._job, timeout_s):
-            _warn(f"{found}: the export lacks these rows")
+            _warn(f"the export is not complete: {found}")
 
     def warn_of_missing(self, ranks: list[RankSummary]) -> None:
         """Warn about ranks of the job that have no rows among those that were exported."""
