@@ -50,8 +50,12 @@ std::string partition_name(std::int64_t epoch) {
 }
 
 Segment::Segment(std::string directory, const SegmentIdentity& identity, Sync sync,
-                 std::size_t map_bytes)
-    : directory_(std::move(directory)), identity_(identity), sync_(sync), map_bytes_(map_bytes) {
+                 std::size_t map_bytes, std::string home)
+    : directory_(std::move(directory)),
+      home_(std::move(home)),
+      identity_(identity),
+      sync_(sync),
+      map_bytes_(map_bytes) {
   make_directories(directory_);
   // The environment comes first: a directory with segment.json is always one that can be opened.
   environment_ = Environment::open(directory_, Access::kCreate, sync_, map_bytes_);
@@ -72,7 +76,13 @@ bool Segment::has_room_for(std::uint64_t bytes) const noexcept {
 std::uint64_t Segment::disk_bytes() const { return disk_bytes_of(path(kDataFile)); }
 
 void Segment::open() {
-  if (!is_open()) environment_ = Environment::open(directory_, Access::kWrite, sync_, map_bytes_);
+  if (is_open()) return;
+  if (!is_sealed_ || home_.empty()) {
+    environment_ = Environment::open(directory_, Access::kWrite, sync_, map_bytes_);
+    return;
+  }
+  if (!path_exists(path(kDataFile))) directory_ = home_;
+  environment_ = Environment::open(directory_, Access::kReadSealed, sync_, 0);
 }
 
 void Segment::sync() {
@@ -86,6 +96,7 @@ void Segment::seal() {
   // With synced commits the file tells only that no lock is needed; losing it in a power cut loses
   // nothing.
   replace_file(path(kSealedFile), sealed_json(totals_), sync_ == Sync::kOnRequest);
+  is_sealed_ = true;
 }
 
 // Nobody reads what was just appended, and a container's memory limit counts it: clean pages go. It

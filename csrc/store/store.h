@@ -28,6 +28,9 @@ struct StoreOptions {
   std::optional<std::uint64_t> max_bytes;
   std::size_t segment_bytes = std::size_t{4} << 30;
   std::string owner;  // what the lock file tells others of who holds it
+  // Where segments are written until they are sealed and somebody moves them to the rank's
+  // directory, its home; empty: there.
+  std::string staging;
 };
 
 struct DroppedRows {
@@ -58,7 +61,10 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
 
   [[nodiscard]] const std::string& directory() const noexcept { return directory_; }
   [[nodiscard]] const StoreOptions& options() const noexcept { return options_; }
+  // Where an epoch is written to, and where its sealed segments end up.
   [[nodiscard]] std::string partition_directory(std::int64_t epoch) const;
+  [[nodiscard]] std::string home_directory(std::int64_t epoch) const;
+  [[nodiscard]] bool is_staged() const noexcept { return !options_.staging.empty(); }
 
   // Of all segments of this rank, as last seen by the writer.
   [[nodiscard]] std::uint64_t disk_bytes() const noexcept {
@@ -77,8 +83,10 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
   friend class StoreUse;
   StoreState(std::string directory, const StoreOptions& options);
   void adopt_earlier_segments();
+  // The directories of this rank that hold epochs: its home, and the staging one.
+  [[nodiscard]] std::vector<std::string> roots() const;
   DroppedRows delete_directories(const std::vector<std::string>& directories, bool count);
-  std::string next_trash_name();
+  std::string next_trash_name(const std::string& doomed);
   void subtract_disk_bytes(std::uint64_t bytes) noexcept;
 
   const std::string directory_;

@@ -52,7 +52,11 @@ class SegmentLookup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SegmentRef:
-    """One segment, not open; ``inode`` tells it from a later one of the same name."""
+    """One segment, not open; ``inode`` tells it from a later one of the same name.
+
+    One that is staged may be moved to ``home`` meanwhile; there ``made_ns``, the time of its `segment.json`,
+    tells it from a later one.
+    """
 
     rank: int
     epoch: int
@@ -61,6 +65,8 @@ class SegmentRef:
     path: Path
     sealed: bool
     inode: int
+    home: Path | None = None
+    made_ns: int = -1
 
     @property
     def is_slice(self) -> bool:
@@ -74,33 +80,42 @@ class SegmentRef:
         Raises:
             VanishedError: It has been dropped.
         """
-        self.check_exists()
         try:
-            segment: _core.Segment | SliceFile
-            if self.is_slice:
-                segment = SliceFile(self.path)
-            else:
-                segment = _core.Segment(str(self.path), sealed=self.sealed)
-        except NotFoundError as error:
-            raise self._vanished() from error
+            segment = self._open()
+        except NotFoundError:
+            try:
+                segment = self._open()  # moved in this moment
+            except NotFoundError as error:
+                raise self._vanished() from error
         try:
             yield segment
         finally:
             segment.close()
 
+    def _open(self) -> _core.Segment | SliceFile:
+        path, sealed = self._place()
+        return SliceFile(path) if self.is_slice else _core.Segment(str(path), sealed=sealed)
+
     def check_exists(self) -> None:
         """Raise VanishedError if the segment has been dropped."""
-        try:
-            inode = os.stat(self.path).st_ino
-        except (FileNotFoundError, NotADirectoryError):
-            inode = -1
-        if inode != self.inode:
-            raise self._vanished()
+        self._place()
+
+    def _place(self) -> tuple[Path, bool]:
+        """Where it lies now, and whether it is sealed there."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.stat(self.path).st_ino == self.inode:
+                return self.path, self.sealed
+        if self.home is not None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if os.stat(self.home / layout.SEGMENT_FILE).st_mtime_ns == self.made_ns:
+                    return self.home, True
+        raise self._vanished()
 
     def data_bytes(self) -> int:
         """Size of the data file: no chunk in it can be larger."""
+        path, _ = self._place()
         try:
-            return os.stat(self.path if self.is_slice else self.path / "data.mdb").st_size
+            return os.stat(path if self.is_slice else path / layout.DATA_FILE).st_size
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._vanished() from error
 
@@ -417,14 +432,27 @@ def partition_segments(
                 stacklevel=2,
             )
             continue
+        home = partition.path / entry.path.name
+        is_staged = home != entry.path
         try:
             inode = os.stat(entry.path).st_ino
+            made_ns = os.stat(entry.path / layout.SEGMENT_FILE).st_mtime_ns if is_staged else -1
         except (FileNotFoundError, NotADirectoryError) as error:
             raise VanishedError(
                 f"{entry.path} was dropped while it was listed", "start reading again"
             ) from error
         usable.append(
-            SegmentRef(rank, partition.epoch, entry.attempt, entry.sequence, entry.path, entry.sealed, inode)
+            SegmentRef(
+                rank,
+                partition.epoch,
+                entry.attempt,
+                entry.sequence,
+                entry.path,
+                entry.sealed,
+                inode,
+                home if is_staged else None,
+                made_ns,
+            )
         )
     return usable, torn
 

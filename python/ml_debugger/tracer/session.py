@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from ml_debugger.errors import (
     TraceStallError,
 )
 from ml_debugger.job import current_job
-from ml_debugger.store import job_ranks, layout
+from ml_debugger.store import job_ranks, layout, staging
 from ml_debugger.tracer import lifecycle
 
 logger = logging.getLogger("ml_debugger")
@@ -82,16 +84,23 @@ class TraceSession:
             self._check_recorded()
         layout.make_directory(self.rank_directory)
         config = self.config
+        staged = staging.staging_directory(config.staging_dir, self.rank_directory)
+        self._mover: staging.Mover | None = None
         self._store = _core.Store(
             str(self.rank_directory),
             rank=self._rank,
             durability=config.durability,
             max_bytes=config.max_bytes,
             owner=job_ranks.owner_text(self.job),
+            staging="" if staged is None else str(staged),
         )
         try:
             # The lock is held and says whose it is: of two jobs that begin at once, one at least sees the other.
             job_ranks.refuse_other_jobs(self.directory, self._rank, self.job)
+            if staged is not None:
+                self._mover = staging.Mover.acquire(self.rank_directory, staged)
+            else:
+                staging.adopt(self.rank_directory)
             if recreate:  # first, so that a crash in between leaves no rows under another model's name
                 self._store.drop_all(timeout_s=config.stall_timeout_s)
             recorded = layout.write_version(self.directory, self.info, replace=recreate)
@@ -108,6 +117,8 @@ class TraceSession:
                 device_ring_bytes=config.device_ring_bytes,
             )
         except BaseException:
+            if self._mover is not None:
+                self._mover.release(0.0)
             self._store.close()
             raise
 
@@ -171,7 +182,10 @@ class TraceSession:
     def drop_epoch(self, epoch: int, attempt: int | None) -> dict[str, int]:
         """Delete an epoch of this rank (or one attempt of it); rows deleted by table."""
         self._require_own()
-        rows, labels = self._store.drop_epoch(epoch, attempt=attempt, timeout_s=self.config.stall_timeout_s)
+        with self._nothing_moves():
+            rows, labels = self._store.drop_epoch(
+                epoch, attempt=attempt, timeout_s=self.config.stall_timeout_s
+            )
         dropped = {"extracted_feature": rows}
         if labels or self._has_ground_truth():
             dropped["ground_truth"] = labels
@@ -180,7 +194,12 @@ class TraceSession:
     def drop_all(self) -> None:
         """Delete every epoch of this rank."""
         self._require_own()
-        self._store.drop_all(timeout_s=self.config.stall_timeout_s)
+        with self._nothing_moves():
+            self._store.drop_all(timeout_s=self.config.stall_timeout_s)
+
+    def _nothing_moves(self) -> contextlib.AbstractContextManager[Any]:
+        """While this is held, no staged segment appears under its final name."""
+        return contextlib.nullcontext() if self._mover is None else self._mover.lock
 
     def epochs(self) -> list[int]:
         """Epochs that this rank has on disk, -1 for rows without one."""
@@ -219,6 +238,7 @@ class TraceSession:
             if self._closed:
                 return
             self._closed = True
+            deadline = time.monotonic() + self.config.close_timeout_s
             try:
                 self._finish()
             except MlDebuggerError:
@@ -230,6 +250,8 @@ class TraceSession:
             finally:
                 if self._closed:
                     lifecycle.unregister(self)
+                    if self._mover is not None:
+                        self._mover.release(max(0.0, deadline - time.monotonic()))
                     self._store.close()
                     self._log_losses()
                     if self.on_closed is not None:
