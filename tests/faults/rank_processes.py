@@ -28,7 +28,8 @@ def open_tracer(version="v1", width=3, recreate=False, **options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, width))
     config = TracerConfig(durability="process", **options)
-    return ClassificationTracer(model, "net", version, {"stem": "0"}, force_table_recreate=recreate, config=config)
+    layers = {"stem": "0"}
+    return ClassificationTracer(model, "net", version, layers, force_table_recreate=recreate, config=config)
 
 def call(tracer, number, epoch=0, dataset_type="train", rows=4):
     x = torch.full((rows, 4), 1000.0 * rank + number)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_server import ForkServer
-from rank_processes import Ranks
 
+from fork_server import ForkServer
 from ml_debugger import load_export, open_trace
+from rank_processes import Ranks
 
 FEATURES = "extracted_feature"
 
@@ -132,13 +132,17 @@ timed(tracer.export, folder / "out.zip", n_epoch=1)
 def test_export_after_close_still_waits_for_others(ranks: Ranks) -> None:
     other = ranks.start(1, RECORD_AND_WAIT)
     ranks.reached("handed", 1, other)
-    source = "tracer = open_tracer()\ncall(tracer, 0)\ntracer.close()\ntimed(tracer.export, folder / 'out.zip')"
+    source = (
+        "tracer = open_tracer()\ncall(tracer, 0)\ntracer.close()\ntimed(tracer.export, folder / 'out.zip')"
+    )
     assert ranks.run(0, source)["warnings"] == []
     assert manifest(ranks.folder / "out.zip")["rows_written"] == 24
 
 
 def test_saving_and_dropping_are_not_collective(ranks: Ranks) -> None:
-    other = ranks.start(1, "tracer = open_tracer()\ncall(tracer, 0)\ntracer.flush()\nreach('here')\nwait_for('end')")
+    other = ranks.start(
+        1, "tracer = open_tracer()\ncall(tracer, 0)\ntracer.flush()\nreach('here')\nwait_for('end')"
+    )
     ranks.reached("here", 1, other)
     os.kill(other.pid, signal.SIGSTOP)
     source = """
@@ -241,9 +245,7 @@ if {drops}:
     newest = trace.arrays(FEATURES, n_epoch=3, dedupe=True)
     assert sorted(newest["input_id"].tolist()) == ["a", "b", "c", "d"]
     assert (newest["stem"] == 2.0).all()
-    last = ranks.run(
-        1, record.format(value=3.0, ids=["e"] * 2, drops=True), TORCHELASTIC_RESTART_COUNT="2"
-    )
+    last = ranks.run(1, record.format(value=3.0, ids=["e"] * 2, drops=True), TORCHELASTIC_RESTART_COUNT="2")
     assert last["dropped"] == {FEATURES: 2}
     assert trace.num_rows(FEATURES, n_epoch=3) == 6
 
@@ -271,7 +273,8 @@ from ml_debugger.training import ClassificationTracer
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, 3))
 config = TracerConfig(durability="process")
-tracer = ClassificationTracer(model, "net", "v1", {"stem": "0"}, api_endpoint=str(folder / "there"), config=config)
+there = str(folder / "there")
+tracer = ClassificationTracer(model, "net", "v1", {"stem": "0"}, api_endpoint=there, config=config)
 for number in range(3):
     call(tracer, number)
 reach("recorded")

@@ -1,4 +1,4 @@
-"""``ml-debugger merge``: directories of nodes become one trace, whole or not at all, as often as one likes."""
+"""``ml-debugger merge``: directories of nodes become one trace, whole or not at all, as often as asked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,14 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
     """Records some calls of a rank into a node's directory, as part of a job."""
 
     def run(
-        node: str, rank: int, *, run: str = "job", width: int = 3, fields: Any = None, world: int = 2, calls: int = 2
+        node: str,
+        rank: int,
+        *,
+        run: str = "job",
+        width: int = 3,
+        fields: Any = None,
+        world: int = 2,
+        calls: int = 2,
     ) -> Path:
         for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("TORCHELASTIC_RUN_ID", run)):
             monkeypatch.setenv(name, str(value))
@@ -47,7 +54,9 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
         model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, width))
         config = TracerConfig(data_dir=tmp_path / node, durability="process")
         layers = {"stem": "0"}
-        with ClassificationTracer(model, "net", "v1", layers, additional_fields=fields, config=config) as tracer:
+        with ClassificationTracer(
+            model, "net", "v1", layers, additional_fields=fields, config=config
+        ) as tracer:
             for number in range(calls):
                 x = torch.full((3, 4), 100.0 * rank + number)
                 ids = [f"r{rank}c{number}i{i}" for i in range(3)]
@@ -94,13 +103,17 @@ def test_verify_names_the_ranks_that_a_merge_brings(record: Record, tmp_path: Pa
     assert json.loads(info.output)["missing_ranks"] == [1, 2]
 
 
-def test_a_second_merge_changes_nothing_and_a_later_one_adds_what_is_new(record: Record, tmp_path: Path) -> None:
+def test_a_second_merge_changes_nothing_and_a_later_one_adds_what_is_new(
+    record: Record, tmp_path: Path
+) -> None:
     sources = [record("a", 0), record("b", 1)]
     merge_data_dirs(sources, tmp_path / "all")
     before = {path: found[0] for path, found in tree(tmp_path / "all").items() if path.endswith(".mdb")}
     report = merge_data_dirs(sources, tmp_path / "all")
     assert (report.segments_linked, report.segments_present) == (0, 4)
-    assert {path: found[0] for path, found in tree(tmp_path / "all").items() if path.endswith(".mdb")} == before
+    assert {
+        path: found[0] for path, found in tree(tmp_path / "all").items() if path.endswith(".mdb")
+    } == before
     record("a", 0, calls=3)
     assert merge_data_dirs(sources, tmp_path / "all").segments_linked == 3
     assert open_trace("net", "v1", data_dir=tmp_path / "all").attempts == [0, 1]

@@ -1,4 +1,4 @@
-"""`staging_dir`: segments are written on a local disk, read from there, and moved home when they are sealed."""
+"""`staging_dir`: segments are written on a local disk, read there, and moved home when they are sealed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_another_process_reads_what_is_staged(open_tracer: Open, data_dir: Path)
 def test_an_epoch_that_rests_moves_while_the_tracer_records_on(
     open_tracer: Open, stage: Path, data_dir: Path
 ) -> None:
-    """A reader in the middle of it goes on where the segment lies now, and the last call is still read back."""
+    """A reader in the middle of it goes on where the segment is now; the last call is still read back."""
     tracer = open_tracer(commit_interval_s=0.05)
     record(tracer, 0, range(300))
     batches = open_trace("net", "v1").iter_batches(FEATURES, batch_size=4, columns=["stem"])
@@ -132,7 +132,9 @@ def test_an_epoch_that_rests_moves_while_the_tracer_records_on(
     assert verify_trace(trace_dir).problems == []
 
 
-def test_drops_reach_what_is_staged_and_what_has_moved(open_tracer: Open, stage: Path, data_dir: Path) -> None:
+def test_drops_reach_what_is_staged_and_what_has_moved(
+    open_tracer: Open, stage: Path, data_dir: Path
+) -> None:
     first = open_tracer()
     record(first, 0)
     record(first, 1)
@@ -216,7 +218,11 @@ def test_what_a_killed_process_left_is_dropped_from_another_process(
 
 
 def test_a_move_that_fails_is_tried_again_and_costs_nothing(
-    open_tracer: Open, stage: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    open_tracer: Open,
+    stage: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def refuse(*args: Any) -> None:
         raise OSError(5, "Input/output error")

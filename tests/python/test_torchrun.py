@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchrun_program import EPOCHS, SAMPLES, dataset
 
 from ml_debugger import load_export, open_trace
 from ml_debugger.trace.trace import Trace
 from ml_debugger.trace.verify import verify_trace
+from torchrun_program import EPOCHS, SAMPLES, dataset
 
 pytest.importorskip("torch.distributed.run")
 
@@ -32,7 +32,7 @@ def torchrun(world_size: int, scenario: str, folder: Path, *options: str) -> lis
     command += ["--monitor-interval=0.1", *options, str(PROGRAM), scenario, str(folder)]
     done = subprocess.run(
         command,
-        # A store of its own for each restart: sharing the rendezvous', gloo finds addresses of the dead (torch 2.13).
+        # A store of its own for each restart: in the shared one gloo finds the dead (torch 2.13).
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         capture_output=True,
         text=True,

@@ -29,12 +29,12 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Identity(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
-def train_epoch(model: nn.Module, tracer: object, epoch: int, die_at: int | None = None) -> None:
+def train_epoch(model: nn.Module, tracer: object, epoch: int, batch_size: int = BATCH, die_at: int | None = None) -> None:
     """Train with gradients that are exchanged every second step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sampler: DistributedSampler[object] = DistributedSampler(dataset(), shuffle=True, seed=1)
     sampler.set_epoch(epoch)
-    for step, (inputs, labels, ids) in enumerate(DataLoader(dataset(), BATCH, sampler=sampler)):
+    for step, (inputs, labels, ids) in enumerate(DataLoader(dataset(), batch_size, sampler=sampler)):
         if step == die_at:
             tracer.flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -71,13 +71,15 @@ def main(scenario: str, folder: Path) -> None:
         if scenario == "restart":
             dies = restart == 0 and rank == 1
             for epoch in range(restart, EPOCHS):  # epoch 0 was finished, a checkpoint would say
-                train_epoch(model, tracer, epoch, die_at=2 if dies and epoch == 1 else None)
+                train_epoch(model, tracer, epoch, batch_size=1, die_at=2 if dies and epoch == 1 else None)
         else:
             for epoch in range(EPOCHS):
                 train_epoch(model, tracer, epoch)
                 evaluate(tracer, rank, world_size, epoch)
         dist.barrier()  # export sees what was handed over before
         exported = tracer.export(folder / "out.zip")
+        if scenario == "hosts":
+            tracer.wait_for_save()  # MLD_API_ENDPOINT says where
         dist.barrier()  # no rank writes while the next looks
     found = {"rank": rank, "exported": None if exported is None else str(exported), "restart": restart}
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))

@@ -13,13 +13,15 @@ from ml_debugger.store import layout
 
 @click.command()
 @click.argument("directories", metavar="DIR...", nargs=-1, required=True)
-@click.option("--output", "-o", required=True, metavar="DIR", help="The data directory that gets all of them.")
+@click.option(
+    "--output", "-o", required=True, metavar="DIR", help="The data directory that gets all of them."
+)
 @json_option
 def merge(directories: tuple[str, ...], output: str, as_json: bool) -> None:
     """Put the data directories DIR... of a job's nodes together, so that its ranks read as one trace.
 
-    By hard links where the filesystem allows it, else by copies; the directories are not changed. Run again, it
-    adds what is new. Refuses traces of different jobs or architectures, before it changes anything.
+    By hard links where the filesystem allows it, else by copies; the directories are not changed. Run again,
+    it adds what is new. Refuses traces of different jobs or architectures, before it changes anything.
     """
     from ml_debugger.exporting.progress import Progress
     from ml_debugger.store.merging import merge_data_dirs
@@ -40,6 +42,6 @@ def merge(directories: tuple[str, ...], output: str, as_json: bool) -> None:
         click.echo(f"warning: {shown(path)} was not closed; a power cut may have torn it", err=True)
     click.echo(
         f"{report.traces} traces, {report.ranks} ranks: {report.segments_linked} segments linked, "
-        f"{report.segments_copied} copied ({human_bytes(report.bytes_copied)}), {report.segments_present} there "
-        "already"
+        f"{report.segments_copied} copied ({human_bytes(report.bytes_copied)}), "
+        f"{report.segments_present} there already"
     )

@@ -46,7 +46,7 @@ class Unsettled:
             return f"rank {self.rank} has ended, and {self.rows} rows with it that were not committed"
         if self.rows:
             return f"rank {self.rank} (process {self.pid}) did not commit {self.rows} rows in time"
-        return f"rank {self.rank} (process {self.pid}) did not answer in time; what it has not told of is missing"
+        return f"rank {self.rank} (process {self.pid}) did not answer in time"
 
 
 def owner_text(job: Job) -> str:
@@ -63,8 +63,8 @@ def refuse_other_jobs(trace_dir: Path, own_rank: int, job: Job) -> None:
     for rank, rank_dir in layout.rank_directories(trace_dir):
         if rank != own_rank and (owner := _owner_of_another_job(rank_dir, job)) is not None:
             raise TraceInUseError(
-                f"another job is recording this trace: its rank {rank} (process {owner.get('pid')}) belongs to "
-                f"{_described(owner['job'])}, this process to {_described(job.job_id)}",
+                f"another job is recording this trace: its rank {rank} (process {owner.get('pid')}) belongs "
+                f"to {_described(owner['job'])}, this process to {_described(job.job_id)}",
                 "end that job, or record under another version_name",
             )
 
@@ -93,7 +93,7 @@ def _described(job_id: str | None) -> str:
 
 
 def missing_ranks(trace_dir: Path, present: Iterable[int]) -> list[int]:
-    """Ranks of the newest job of a trace that are not among ``present``; empty where its size is not known."""
+    """Ranks of the newest job of a trace that are not among ``present``; none where its size is not known."""
     newest = max(
         (
             entry

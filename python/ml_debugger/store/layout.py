@@ -218,7 +218,7 @@ def segment_directories(partition_dir: Path) -> list[tuple[int, int, Path]]:
 
 
 def staging_entries(rank_dir: Path) -> list[dict[str, Any]]:
-    """Where segments of a rank were staged and have not all been moved: ``directory`` and ``host`` of each."""
+    """Where segments of a rank are staged, or were and have not all been moved: ``directory``, ``host``."""
     document = read_json(rank_dir / _STAGING_FILE)
     entries = [] if document is None else document.get("directories")
     if not isinstance(entries, list) or not all(
@@ -414,11 +414,12 @@ def _attempt_of_job(rank_dir: Path, job_id: str, own: list[dict[str, Any]], lowe
         if directory != rank_dir
         for entry in attempt_entries(directory)
     ]
-    before = sum(entry.get("job") == job_id for entry in own)
-    shared = sorted({int(entry["attempt"]) for entry in others if entry.get("job") == job_id})
+    before = len([entry for entry in own if entry.get("job") == job_id])
+    shared: list[int] = sorted({int(entry["attempt"]) for entry in others if entry.get("job") == job_id})
     if before < len(shared) and shared[before] >= lowest:
         return shared[before]
-    return max([lowest - 1, *(int(entry["attempt"]) for entry in others)]) + 1
+    highest = max((int(entry["attempt"]) for entry in others), default=-1)
+    return max(lowest, highest + 1)
 
 
 def write_attempts(rank_dir: Path, entries: list[dict[str, Any]]) -> None:

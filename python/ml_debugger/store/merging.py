@@ -2,8 +2,8 @@
 
 What is merged is sealed or at rest, and never changed afterwards, so a link is as good as a copy. Everything
 is compared before anything is made. A segment appears whole, under its name, by one rename; a trace that was
-not there appears with its `version.json`, which comes last. So an interrupted merge leaves nothing half there,
-and the next one goes on.
+not there appears with its `version.json`, which comes last. So an interrupted merge leaves nothing half
+there, and the next one goes on.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class MergeReport:
         segments_copied: Those that had to be copied, since they lie on another filesystem.
         segments_present: Those that were there already.
         bytes_copied: Bytes of the copies.
-        set_aside: Segments that no reader opens, since a power cut may have torn them. They were taken over as
-            they are; ``ml-debugger recover`` saves what they hold.
+        set_aside: Segments that no reader opens, since a power cut may have torn them. They were taken over
+            as they are; ``ml-debugger recover`` saves what they hold.
     """
 
     traces: int = 0
@@ -87,13 +87,13 @@ def merge_data_dirs(
 
     Args:
         sources: Data directories, such as one a node.
-        output: The data directory that gets all of them; missing, or with what an earlier merge has put there.
+        output: The data directory that gets all of them; missing, or what an earlier merge has made.
         progress: Called with (bytes done, bytes in all) of data files.
 
     Raises:
         NotFoundError: A source is not there, or no source holds a trace.
-        InvalidInputError: One trace was recorded by different jobs, with other aliases or fields, or a rank has
-            two different attempts of one number; ``output`` is a source. Nothing was changed.
+        InvalidInputError: One trace was recorded by different jobs, with other aliases or fields, or a rank
+            has two different attempts of one number; ``output`` is a source. Nothing was changed.
         ArchitectureMismatchError: One trace has different fingerprints. Nothing was changed.
         TraceInUseError: A tracer records into a source or the output, or another merge runs.
         CorruptDataError: A small file is damaged, or a segment of the output is not the source's.
@@ -131,19 +131,22 @@ def merge_data_dirs(
 
 
 def _check_places(sources: Sequence[Path], output: Path) -> None:
-    places = {}
+    places: dict[Path, Path] = {}
     for source in sources:
         if not source.is_dir():
             raise NotFoundError(f"there is no directory {source}", "name the data directories to merge")
         real = source.resolve()
         if real in places:
-            raise InvalidInputError(f"{source} and {places[real]} are one directory", "name each directory once")
+            raise InvalidInputError(
+                f"{source} and {places[real]} are one directory", "name each directory once"
+            )
         places[real] = source
     target = output.resolve()
     for real, source in places.items():
         if target == real or target.is_relative_to(real) or real.is_relative_to(target):
             raise InvalidInputError(
-                f"the output {output} and the source {source} overlap", "choose a directory outside of the sources"
+                f"the output {output} and the source {source} overlap",
+                "choose a directory outside of the sources",
             )
 
 
@@ -175,8 +178,8 @@ def _check_same(trace: _Trace, info: layout.VersionInfo, runs: set[str], place: 
     there = f"the trace {info.model_name!r} / {info.version_name!r} in {trace.place} and the one in {place}"
     if trace.info.fingerprint != info.fingerprint:
         raise ArchitectureMismatchError(
-            f"{there} were recorded with different architectures: fingerprints {trace.info.fingerprint[:12]} and "
-            f"{info.fingerprint[:12]}",
+            f"{there} were recorded with different architectures: fingerprints "
+            f"{trace.info.fingerprint[:12]} and {info.fingerprint[:12]}",
             "merge directories of one job",
         )
     if trace.info != info:
@@ -195,7 +198,7 @@ def _add_attempt(rank: _Rank, entry: dict[str, Any], place: Path) -> None:
     if any(known.get(key) != entry.get(key) for key in _IDENTITY):
         raise InvalidInputError(
             f"{where} and {place} both hold an attempt {number}, of different processes",
-            "`ml-debugger upload --endpoint DIR` of each puts them into one directory, with new attempt numbers",
+            "`ml-debugger upload --endpoint DIR` of each brings them together, with new attempt numbers",
         )
 
 
@@ -280,7 +283,10 @@ def _link_or_copy(source: Path, target: Path) -> int | None:
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-    with source.open("rb") as old, open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new:
+    with (
+        source.open("rb") as old,
+        open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as new,
+    ):
         shutil.copyfileobj(old, new, 8 << 20)
         new.flush()
         os.fsync(new.fileno())
@@ -321,5 +327,6 @@ def _storage_errors(output: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(
-            f"cannot merge into {output}: {error.strerror or error}", "check that it is writable and has space"
+            f"cannot merge into {output}: {error.strerror or error}",
+            "check that it is writable and has space",
         ) from error

@@ -1,8 +1,8 @@
 """Segments that are written on a local disk and moved to the data directory when they are sealed.
 
 A rank's home names the places where it stages (`staging.json`), so that readers on the same machine see live
-segments too. A move is a rename, or between filesystems a copy, a sync and a rename: under its name in the home
-a segment is whole. What a crash leaves in staging is sealed and moved when the rank's next tracer opens.
+segments too. A move is a rename, or between filesystems a copy, a sync and a rename: under its name in the
+home a segment is whole. What a crash leaves in staging is sealed and moved when the rank's next tracer opens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_debugger.errors import CorruptDataError, MlDebuggerError, StorageError
@@ -28,12 +28,12 @@ _LOOK_EVERY_S = 1.0
 _COPY_BYTES = 8 << 20
 
 
-class _Interrupted(Exception):
+class _InterruptedMoveError(Exception):
     """There is no time to finish a copy."""
 
 
 def staging_directory(staging_dir: Path | None, rank_dir: Path) -> Path | None:
-    """Where a rank stages; None without ``TracerConfig.staging_dir``. Different homes have different places."""
+    """Where a rank stages, a place for each home; None without ``TracerConfig.staging_dir``."""
     if staging_dir is None:
         return None
     return Path(os.path.abspath(staging_dir)) / layout.slug(os.path.abspath(rank_dir))
@@ -61,7 +61,7 @@ def adopt(rank_dir: Path) -> None:
         elif entry.get("host") != socket.gethostname():
             elsewhere.append(entry)
             logger.warning(
-                "segments of %s may still lie in %s on the machine %s: they are moved when the rank runs there again",
+                "segments of %s may still lie in %s of machine %s: they move when the rank runs there again",
                 rank_dir,
                 place,
                 entry.get("host"),
@@ -131,7 +131,7 @@ class Mover:
         try:
             _move_all(self._rank_dir, self._place, self.lock, self._check_time)
             self._complained = False
-        except _Interrupted:
+        except _InterruptedMoveError:
             pass
         except (OSError, MlDebuggerError) as error:
             if not self._complained:
@@ -140,7 +140,7 @@ class Mover:
 
     def _check_time(self) -> None:
         if self._deadline is not None and time.monotonic() > self._deadline:
-            raise _Interrupted
+            raise _InterruptedMoveError
 
     def _finish(self) -> None:
         with contextlib.suppress(OSError, MlDebuggerError):
@@ -241,7 +241,7 @@ def _copy(source: Path, target: Path, check: Callable[[], None]) -> None:
     """Copy a file and its times, durably; `check` may end it."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with source.open("rb", buffering=0) as old, os.fdopen(descriptor, "wb", buffering=0) as new:
-        while os.sendfile(new.fileno(), old.fileno(), None, _COPY_BYTES):  # type: ignore[arg-type]
+        while os.sendfile(new.fileno(), old.fileno(), None, _COPY_BYTES):
             check()
         os.fsync(new.fileno())
         status = os.fstat(old.fileno())
@@ -256,7 +256,7 @@ def _remove_empty(place: Path) -> None:
 
 
 @contextlib.contextmanager
-def _storage_errors(place: Path):  # type: ignore[no-untyped-def]
+def _storage_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except StorageError:

@@ -29,6 +29,9 @@ from ml_debugger.trace.runs import CallRun, scan, scan_singly
 from ml_debugger.trace.slice_file import SliceFile
 
 _HEADERS_A_STEP = 256
+# Of all ranks together that take turns: what is read ahead does not grow with their number.
+_HEADERS_AHEAD = 4096
+_FEWEST_HEADERS_A_STEP = 4
 _TRIES = 5
 
 _Result = TypeVar("_Result")
@@ -182,21 +185,21 @@ class _Stream:
                 return
         raise self._incomplete(int(wanted[-left]))
 
-    def calls(self) -> Iterator[Call]:
+    def calls(self, headers_a_step: int = _HEADERS_A_STEP) -> Iterator[Call]:
         position = 0
         while position < len(self.keys):
-            step = self._step(position)
+            step = self._step(position, headers_a_step)
             yield from step
             position += len(step)
 
-    def _step(self, position: int) -> list[Call]:
+    def _step(self, position: int, headers_a_step: int) -> list[Call]:
         """Decode the next calls; at least one, so that every step makes progress."""
         decoder = _decoder(self.ref)
         calls: list[Call] = []
         after = self.keys[position] - 1 if self.keys[position] else None
         with self.ref.opened() as segment:
             while not calls:
-                headers = segment.headers(after, _HEADERS_A_STEP)
+                headers = segment.headers(after, headers_a_step)
                 for key, value in headers:
                     if position < len(self.keys) and key == self.keys[position]:
                         call = decoder.decode(key, value, is_checked=True)
@@ -261,11 +264,7 @@ class Snapshot:
         dropped.
         """
         for group in sorted(self._groups):
-            chains = [_chained(chain) for chain in _chains(self._groups[group])]
-            if len(chains) == 1:
-                yield from chains[0]
-            else:
-                yield from heapq.merge(*chains, key=lambda call: (call.call, call.rank))
+            yield from _in_turn(_chains(self._groups[group]))
 
     def runs(self) -> Iterator[Call | CallRun]:
         """As `calls`, with calls together that are alike and follow one another."""
@@ -275,8 +274,7 @@ class Snapshot:
                 for stream in chains[0]:
                     yield from stream.runs()
             else:  # several ranks: their calls take turns
-                merged = [_chained(chain) for chain in chains]
-                yield from heapq.merge(*merged, key=lambda call: (call.call, call.rank))
+                yield from _in_turn(chains)
 
     @property
     def num_calls(self) -> int:
@@ -396,9 +394,16 @@ def _chains(streams: list[_Stream]) -> list[list[_Stream]]:
     return chains
 
 
-def _chained(chain: list[_Stream]) -> Iterator[Call]:
+def _in_turn(chains: list[list[_Stream]]) -> Iterator[Call]:
+    """The calls of several ranks by number, then by rank."""
+    ahead = max(_FEWEST_HEADERS_A_STEP, min(_HEADERS_A_STEP, _HEADERS_AHEAD // len(chains)))
+    merged = [_chained(chain, ahead) for chain in chains]
+    yield from heapq.merge(*merged, key=lambda call: (call.call, call.rank))
+
+
+def _chained(chain: list[_Stream], headers_a_step: int) -> Iterator[Call]:
     for stream in chain:
-        yield from stream.calls()
+        yield from stream.calls(headers_a_step)
 
 
 def _keys(header: Call | CallRun) -> _Keys:

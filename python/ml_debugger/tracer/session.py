@@ -95,7 +95,7 @@ class TraceSession:
             staging="" if staged is None else str(staged),
         )
         try:
-            # The lock is held and says whose it is: of two jobs that begin at once, one at least sees the other.
+            # The lock is held and says whose it is: of two jobs that begin at once, one sees the other.
             job_ranks.refuse_other_jobs(self.directory, self._rank, self.job)
             if staged is not None:
                 self._mover = staging.Mover.acquire(self.rank_directory, staged)

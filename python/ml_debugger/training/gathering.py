@@ -33,14 +33,16 @@ class Gathering:
     def warn_of_missing(self, ranks: list[RankSummary]) -> None:
         """Warn about ranks of the job that have no rows among those that were exported."""
         exported = {summary.rank for summary in ranks if summary.rows}
-        here = {rank for rank, rank_dir in layout.rank_directories(self._trace_dir) if self._has_begun(rank_dir)}
+        here = {
+            rank for rank, rank_dir in layout.rank_directories(self._trace_dir) if self._has_begun(rank_dir)
+        }
         # Where nobody has rows, only those are missing that never came.
         present = here & exported if exported else here
         missing = job_ranks.absent_ranks(self._job.world_size, {self._rank, *present})
         if missing:
             _warn(
-                f"the export has no rows of {job_ranks.named(missing)}, of the {self._job.world_size} ranks of "
-                f"this job (looked in {self._trace_dir}); if they recorded into another data_dir, "
+                f"the export has no rows of {job_ranks.named(missing)}, of the {self._job.world_size} ranks "
+                f"of this job (looked in {self._trace_dir}); if they recorded into another data_dir, "
                 "`ml-debugger merge` puts the directories together"
             )
 
