@@ -81,9 +81,9 @@ class TracerConfig:
         commit_bytes: Payload of a group commit, in bytes. Default 32 MiB.
         commit_interval_s: Longest time between a call and its commit while the disk keeps up. Default 0.5 s.
         device_ring_bytes: Device staging in bytes. Default 64 MiB, at most 1 % of the device.
-        staging_dir: Local directory for data being written when ``data_dir`` is on a network filesystem.
-            Without effect in this version, which refuses such a ``data_dir``.
-            Default None.
+        staging_dir: Local directory for data being written when ``data_dir`` is on a network filesystem,
+            which is refused without it. Sealed segments move to ``data_dir``: full ones, those of an epoch
+            that rests for 5 s, and all at ``close()``. Default None.
         stall_timeout_s: Longest wait without progress. Default 300 s.
         close_timeout_s: Longest wait of ``close()`` and of the process's end. Default 60 s.
 

@@ -185,7 +185,7 @@ class TrainingTracer(TorchTracer):
         if session is None:
             return None
         session.flush(None)
-        if self._config.rank != 0:
+        if session.rank != 0:
             return None
         from ml_debugger.exporting import export_trace
 
