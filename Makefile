@@ -17,7 +17,7 @@ export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 
-.PHONY: help build build-gpu test test-core test-python test-faults model matrix test-gpu bench-gpu bench bench-full bench-tools report instructions instructions-record soak demo asan tsan lint format types docs clean
+.PHONY: help build build-gpu test test-core test-python test-faults model matrix test-gpu bench-gpu bench bench-full bench-tools bench-ranks report instructions instructions-record soak demo asan tsan lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these words
@@ -64,6 +64,10 @@ bench-tools: build ## install into .venv what bench compares with, and matplotli
 bench-full: build ## the same with more rounds, sizes and calls (an hour)
 	@"$(PY)" -m benchmarks.cpu --full --out "$(OUT)" $(ARGS)
 
+bench-ranks: build ## what 1,024 simulated ranks cost a reader, and 1 to 8 ranks each other (minutes)
+	@"$(PY)" -m benchmarks.ranks.simulation
+	@"$(PY)" -m benchmarks.ranks.scaling
+
 report: build ## the README's table and its plot, from OUT=benchmarks/results
 	@"$(PY)" -m benchmarks.report --results "$(OUT)" $(ARGS)
 
@@ -96,7 +100,7 @@ types: build ## mypy --strict on the package, and the extension against its stub
 	@"$(PY)" -m mypy
 	@MYPYPATH=python "$(PY)" -m mypy.stubtest ml_debugger._core --mypy-config-file pyproject.toml --allowlist tests/stubtest_allowlist.txt
 
-soak: build ## the long runs: memory over 10^5 calls, uploads cut at every byte (minutes)
+soak: build ## the long runs: memory over 10^5 calls, uploads cut at every byte, 8 ranks, two hosts (minutes)
 	@$(PYTEST) -m soak -o faulthandler_timeout=0 tests/python $(ARGS)
 
 matrix: build ## every cell of the matrix of models; writes the tables of docs/model_support.md (half an hour)

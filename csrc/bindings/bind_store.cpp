@@ -14,14 +14,16 @@ namespace {
 class StoreHandle {
  public:
   StoreHandle(const std::string& directory, std::uint32_t rank, const std::string& durability,
-              std::optional<std::uint64_t> max_bytes, std::size_t segment_bytes)
+              std::optional<std::uint64_t> max_bytes, std::size_t segment_bytes,
+              const std::string& owner, const std::string& staging)
       : directory_(directory) {
     if (rank >= kMaxRanks) {
       throw Error(ErrorKind::kInvalidInput,
                   "rank " + std::to_string(rank) + " is not below " + std::to_string(kMaxRanks));
     }
-    StoreOptions options{rank, durability == "process" ? Sync::kOnRequest : Sync::kEveryCommit,
-                         max_bytes, segment_bytes};
+    StoreOptions options{rank,      durability == "process" ? Sync::kOnRequest : Sync::kEveryCommit,
+                         max_bytes, segment_bytes,
+                         owner,     staging};
     const py::gil_scoped_release unlocked;
     use_ = StoreUse(directory, options);
   }
@@ -112,9 +114,11 @@ void bind_store(py::module_& module) {
   py::class_<StoreHandle>(module, "Store", py::is_final(),
                           "Private; see ml_debugger.training.TrainingTracer.")
       .def(py::init<const std::string&, std::uint32_t, const std::string&,
-                    std::optional<std::uint64_t>, std::size_t>(),
+                    std::optional<std::uint64_t>, std::size_t, const std::string&,
+                    const std::string&>(),
            py::arg("directory"), py::kw_only(), py::arg("rank"), py::arg("durability"),
-           py::arg("max_bytes") = py::none(), py::arg("segment_bytes") = std::size_t{4} << 30)
+           py::arg("max_bytes") = py::none(), py::arg("segment_bytes") = std::size_t{4} << 30,
+           py::arg("owner") = "", py::arg("staging") = "")
       .def_property_readonly("directory", &StoreHandle::directory)
       .def_property_readonly("disk_bytes", &StoreHandle::disk_bytes)
       .def("recorder", &StoreHandle::recorder, py::arg("attempt"), py::kw_only(),

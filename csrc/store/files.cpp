@@ -102,6 +102,8 @@ void allocate_file(const std::string& path, std::size_t bytes) {
   if (code != 0) throw_store_error(code, "cannot allocate", path);
 }
 
+void touch(const std::string& path) noexcept { utimensat(AT_FDCWD, path.c_str(), nullptr, 0); }
+
 void rename_path(const std::string& from, const std::string& to) {
   if (rename(from.c_str(), to.c_str()) != 0)
     throw_store_error(errno, "cannot rename to " + to + " the path", from);

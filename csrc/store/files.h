@@ -35,6 +35,8 @@ void replace_file(const std::string& path, std::string_view content);
 // Makes a file (0600) of `bytes` zeros whose blocks are taken: writing to it through a map cannot
 // meet a full disk.
 void allocate_file(const std::string& path, std::size_t bytes);
+// Marks a directory as changed now; a failure changes nothing.
+void touch(const std::string& path) noexcept;
 void rename_path(const std::string& from, const std::string& to);
 // Deletes a directory and all in it; what is gone already is fine.
 void remove_tree(const std::string& path);

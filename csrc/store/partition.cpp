@@ -46,6 +46,7 @@ CommitResult Partition::commit(Clock::time_point now) {
       CommitResult result = write_batch();
       failures_ = 0;
       waiting_since_.reset();
+      committed_at_ = now;
       return result;
     } catch (const std::bad_alloc&) {
       if (CommitResult result; waits_longer(now)) {
@@ -119,7 +120,14 @@ void Partition::begin_segment() {
   const std::size_t map_bytes = std::max<std::size_t>(
       options_.map_bytes, pending_page_bytes() / kPageBytes * 5 / 4 * kPageBytes);
   try {
-    segment_ = std::make_unique<Segment>(directory, identity, options_.sync, map_bytes);
+    std::string home;
+    if (!options_.home.empty()) {
+      make_directories(options_.home);  // readers begin there
+      touch(options_.home);
+      home = options_.home + directory.substr(directory.rfind('/'));
+    }
+    segment_ =
+        std::make_unique<Segment>(directory, identity, options_.sync, map_bytes, std::move(home));
   } catch (...) {
     // Half a segment must not stay: the next try would find the name taken.
     try {
@@ -305,6 +313,12 @@ void Partition::seal() {
   if (segment_ == nullptr) return;
   segment_->seal();
   set_aside();
+  is_dirty_ = false;
+}
+
+void Partition::seal_if_idle(Clock::time_point now, Clock::duration idle) noexcept {
+  if (segment_ == nullptr || has_pending() || now - committed_at_ < idle) return;
+  retire_segment();
   is_dirty_ = false;
 }
 

@@ -55,6 +55,7 @@ struct PartitionOptions {
   Sync sync;
   std::size_t map_bytes;
   std::chrono::nanoseconds give_up_after;  // of waiting for a full disk
+  std::string home = {};                   // where sealed segments are moved to; empty: they stay
 };
 
 class Partition {
@@ -93,6 +94,8 @@ class Partition {
   void sync() noexcept;
   // Seals every segment; the next record begins a new one. Throws StoreError.
   void seal();
+  // The same for a partition that has committed nothing for so long, and is not in trouble.
+  void seal_if_idle(Clock::time_point now, Clock::duration idle) noexcept;
   // Lets go of descriptors; the next commit takes them again.
   void close_environment() noexcept;
   [[nodiscard]] bool is_open() const noexcept { return segment_ != nullptr && segment_->is_open(); }
@@ -143,6 +146,7 @@ class Partition {
       retired_;  // earlier ones of this attempt, sealed if that went well
   std::uint32_t next_sequence_ = 0;
   std::uint64_t segment_disk_bytes_ = 0;  // of segment_, after its last commit
+  Clock::time_point committed_at_{};      // the last time
   bool is_dirty_ = false;                 // commits that are not forced to disk yet
   // trouble
   int failures_ = 0;  // in a row

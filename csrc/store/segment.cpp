@@ -51,8 +51,12 @@ std::string partition_name(std::int64_t epoch) {
 }
 
 Segment::Segment(std::string directory, const SegmentIdentity& identity, Sync sync,
-                 std::size_t map_bytes)
-    : directory_(std::move(directory)), identity_(identity), sync_(sync), map_bytes_(map_bytes) {
+                 std::size_t map_bytes, std::string home)
+    : directory_(std::move(directory)),
+      home_(std::move(home)),
+      identity_(identity),
+      sync_(sync),
+      map_bytes_(map_bytes) {
   make_directories(directory_);
   // The environment comes first: a directory with segment.json is always one that can be opened.
   environment_ = Environment::open(directory_, Access::kCreate, sync_, map_bytes_);
@@ -80,7 +84,13 @@ std::uint64_t Segment::disk_bytes() const noexcept {
 }
 
 void Segment::open() {
-  if (!is_open()) environment_ = Environment::open(directory_, Access::kWrite, sync_, map_bytes_);
+  if (is_open()) return;
+  if (!is_sealed_ || home_.empty()) {
+    environment_ = Environment::open(directory_, Access::kWrite, sync_, map_bytes_);
+    return;
+  }
+  if (!path_exists(path(kDataFile))) directory_ = home_;
+  environment_ = Environment::open(directory_, Access::kReadSealed, sync_, 0);
 }
 
 void Segment::sync() {
@@ -92,6 +102,7 @@ void Segment::seal() {
   if (sync_ == Sync::kOnRequest) sync();
   close();
   replace_file(path(kSealedFile), sealed_json(totals_));
+  is_sealed_ = true;
 }
 
 // Nobody reads what was just appended, and a container's memory limit counts it: clean pages go. It

@@ -29,7 +29,9 @@ std::string partition_name(std::int64_t epoch);
 class Segment {
  public:
   // Makes the directory and the environment in it, durable as a whole.
-  Segment(std::string directory, const SegmentIdentity& identity, Sync sync, std::size_t map_bytes);
+  // Sealed, it may be moved into `home`, from where it is read then; empty: it stays.
+  Segment(std::string directory, const SegmentIdentity& identity, Sync sync, std::size_t map_bytes,
+          std::string home = {});
 
   [[nodiscard]] const std::string& directory() const noexcept { return directory_; }
   [[nodiscard]] std::uint32_t sequence() const noexcept { return identity_.sequence; }
@@ -84,7 +86,9 @@ class Segment {
   void give_back_page_cache(std::uint64_t used_before) noexcept;
   [[nodiscard]] std::string path(const char* name) const { return directory_ + "/" + name; }
 
-  const std::string directory_;
+  std::string directory_;
+  const std::string home_;
+  bool is_sealed_ = false;
   const SegmentIdentity identity_;
   const Sync sync_;
   std::size_t map_bytes_;

@@ -105,7 +105,7 @@ void wait_for_readers(const std::string& segment) {
 
 }  // namespace
 
-LockFile::LockFile(const std::string& path)
+LockFile::LockFile(const std::string& path, std::string_view owner)
     : descriptor_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)) {
   if (descriptor_ < 0) throw_store_error(errno, "cannot open", path);
   // Somebody who only asks (is_held) has it for an instant; a writer has it for long.
@@ -122,6 +122,11 @@ LockFile::LockFile(const std::string& path)
                 "end that process, or record under another version_name");
   }
   guard_lock_descriptor(descriptor_);
+  // On a full disk it tells nothing, which others take for an owner who does not say.
+  if (ftruncate(descriptor_, 0) == 0) {
+    const ssize_t written = pwrite(descriptor_, owner.data(), owner.size(), 0);
+    static_cast<void>(written);
+  }
 }
 
 LockFile::~LockFile() {
@@ -140,11 +145,13 @@ bool LockFile::is_held(const std::string& path) {
 
 StoreUse::StoreUse(const std::string& directory, const StoreOptions& options) {
   make_directories(directory);
-  if (const std::string network = network_filesystem_at(directory); !network.empty()) {
+  const std::string& written = options.staging.empty() ? directory : options.staging;
+  make_directories(written);
+  if (const std::string network = network_filesystem_at(written); !network.empty()) {
     throw Error(ErrorKind::kStorage,
-                directory + " lies on a network filesystem (" + network +
+                written + " lies on a network filesystem (" + network +
                     "), where LMDB cannot be written to",
-                "choose a local TracerConfig.data_dir");
+                "choose a local TracerConfig.data_dir, or name a local directory in staging_dir");
   }
   const FileId id = file_id(directory);
   {
@@ -156,12 +163,13 @@ StoreUse::StoreUse(const std::string& directory, const StoreOptions& options) {
       state_.reset(new StoreState(directory, options));
       entry = state_;
     } else if (state_->options_.sync != options.sync ||
-               state_->options_.max_bytes != options.max_bytes) {
+               state_->options_.max_bytes != options.max_bytes ||
+               state_->options_.staging != options.staging) {
       state_.reset();
-      throw Error(
-          ErrorKind::kInvalidInput,
-          "another tracer of this process records this trace with another durability or max_bytes",
-          "give both tracers the same TracerConfig.durability and max_bytes");
+      throw Error(ErrorKind::kInvalidInput,
+                  "another tracer of this process records this trace with another durability, "
+                  "max_bytes or staging_dir",
+                  "give both tracers the same TracerConfig.durability, max_bytes and staging_dir");
     }
     ++state_->users_;
   }
@@ -200,10 +208,13 @@ bool StoreState::owns(const std::string& segment_directory) {
   if (!path_exists(rank)) return false;
   Process& registry = process();
   const std::lock_guard<std::mutex> lock(registry.stores_mutex);
-  const auto found = registry.stores.find(file_id(rank));
-  if (found == registry.stores.end()) return false;
-  const auto state = found->second.lock();
-  return state != nullptr && state->lock_ != nullptr;
+  const FileId id = file_id(rank);
+  for (const auto& [home, store] : registry.stores) {
+    const auto state = store.lock();
+    if (state == nullptr || state->lock_ == nullptr) continue;
+    if (home == id || (state->is_staged() && state->options_.staging == rank)) return true;
+  }
+  return false;
 }
 
 void StoreState::take() {
@@ -213,14 +224,23 @@ void StoreState::take() {
     const std::lock_guard<std::mutex> lock(registry.stores_mutex);
     if (lock_ != nullptr) return;
   }
-  auto file = std::make_unique<LockFile>(directory_ + "/" + kLockFile);
+  auto file = std::make_unique<LockFile>(directory_ + "/" + kLockFile, options_.owner);
   adopt_earlier_segments();
   const std::lock_guard<std::mutex> lock(registry.stores_mutex);
   lock_ = std::move(file);
 }
 
 std::string StoreState::partition_directory(std::int64_t epoch) const {
+  return (is_staged() ? options_.staging : directory_) + "/" + partition_name(epoch);
+}
+
+std::string StoreState::home_directory(std::int64_t epoch) const {
   return directory_ + "/" + partition_name(epoch);
+}
+
+std::vector<std::string> StoreState::roots() const {
+  if (!is_staged()) return {directory_};
+  return {options_.staging, directory_};
 }
 
 // The last owner is dead or gone: finish its drops, seal what it left.
@@ -255,28 +275,40 @@ void StoreState::subtract_disk_bytes(std::uint64_t bytes) noexcept {
   disk_bytes_.store(disk_bytes() - std::min(bytes, disk_bytes()), std::memory_order_relaxed);
 }
 
-std::string StoreState::next_trash_name() {
-  return directory_ + "/" + kTrashPrefix + std::to_string(getpid()) + "-" +
-         std::to_string(trash_counter_++);
+// Beside what is to be deleted, since a rename cannot leave its filesystem.
+std::string StoreState::next_trash_name(const std::string& doomed) {
+  const bool is_in_staging = is_staged() && doomed.rfind(options_.staging + "/", 0) == 0;
+  return (is_in_staging ? options_.staging : directory_) + "/" + kTrashPrefix +
+         std::to_string(getpid()) + "-" + std::to_string(trash_counter_++);
 }
 
 DroppedRows StoreState::drop_epoch(std::int64_t epoch, std::optional<std::uint32_t> attempt) {
-  const std::string partition = partition_directory(epoch);
-  const std::vector<std::string> segments = list_directory(partition);
-  std::vector<std::string> doomed;
-  for (const std::string& name : segments) {
-    if (attempt && !starts_with(name, segment_name(*attempt, 0).substr(0, 7).c_str())) continue;
-    doomed.push_back(partition + "/" + name);
+  std::vector<std::string> partitions, doomed;
+  bool some_stay = false;
+  for (const std::string& root : roots()) {
+    partitions.push_back(root + "/" + partition_name(epoch));
+    for (const std::string& name : list_directory(partitions.back())) {
+      if (attempt && !starts_with(name, segment_name(*attempt, 0).substr(0, 7).c_str())) {
+        some_stay = true;
+      } else {
+        doomed.push_back(partitions.back() + "/" + name);
+      }
+    }
   }
   if (doomed.empty()) return {};
-  if (doomed.size() == segments.size()) doomed = {partition};
-  return delete_directories(doomed, true);
+  if (some_stay) return delete_directories(doomed, true);
+  partitions.erase(std::remove_if(partitions.begin(), partitions.end(),
+                                  [](const std::string& path) { return !path_exists(path); }),
+                   partitions.end());
+  return delete_directories(partitions, true);
 }
 
 void StoreState::drop_all() {
   std::vector<std::string> doomed;
-  for (const std::string& name : list_directory(directory_)) {
-    if (starts_with(name, kPartitionPrefix)) doomed.push_back(directory_ + "/" + name);
+  for (const std::string& root : roots()) {
+    for (const std::string& name : list_directory(root)) {
+      if (starts_with(name, kPartitionPrefix)) doomed.push_back(root + "/" + name);
+    }
   }
   delete_directories(doomed, false);
 }
@@ -293,7 +325,7 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
       subtract_disk_bytes(disk_bytes_of(directory));
       count_slice_rows(directory, &rows);
     }
-    trash.push_back(next_trash_name());
+    trash.push_back(next_trash_name(directory));
     rename_path(directory, trash.back());
   }
   if (options_.sync == Sync::kEveryCommit) sync_directory(directory_);

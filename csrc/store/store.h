@@ -16,6 +16,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -29,6 +30,10 @@ struct StoreOptions {
   Sync sync = Sync::kEveryCommit;
   std::optional<std::uint64_t> max_bytes;
   std::size_t segment_bytes = std::size_t{4} << 30;
+  std::string owner;  // what the lock file tells others of who holds it
+  // Where segments are written until they are sealed and somebody moves them to the rank's
+  // directory, its home; empty: there.
+  std::string staging;
 };
 
 struct DroppedRows {
@@ -38,8 +43,8 @@ struct DroppedRows {
 // flock on a file, let go by forked children.
 class LockFile {
  public:
-  // Throws Error(kTraceInUse) when another process holds it.
-  explicit LockFile(const std::string& path);
+  // Throws Error(kTraceInUse) when another process holds it. `owner` is written into the file.
+  explicit LockFile(const std::string& path, std::string_view owner = {});
   ~LockFile();
   LockFile(const LockFile&) = delete;
   LockFile& operator=(const LockFile&) = delete;
@@ -59,7 +64,10 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
 
   [[nodiscard]] const std::string& directory() const noexcept { return directory_; }
   [[nodiscard]] const StoreOptions& options() const noexcept { return options_; }
+  // Where an epoch is written to, and where its sealed segments end up.
   [[nodiscard]] std::string partition_directory(std::int64_t epoch) const;
+  [[nodiscard]] std::string home_directory(std::int64_t epoch) const;
+  [[nodiscard]] bool is_staged() const noexcept { return !options_.staging.empty(); }
 
   // Of all segments of this rank, as last seen by the writer.
   [[nodiscard]] std::uint64_t disk_bytes() const noexcept {
@@ -82,8 +90,10 @@ class StoreState : public std::enable_shared_from_this<StoreState> {
   // the caller.
   void take();
   void adopt_earlier_segments();
+  // The directories of this rank that hold epochs: its home, and the staging one.
+  [[nodiscard]] std::vector<std::string> roots() const;
   DroppedRows delete_directories(const std::vector<std::string>& directories, bool count);
-  std::string next_trash_name();
+  std::string next_trash_name(const std::string& doomed);
   void subtract_disk_bytes(std::uint64_t bytes) noexcept;
 
   const std::string directory_;

@@ -189,22 +189,40 @@ void Runtime::thread_main() {
 
 void Runtime::sleep_until_due() {
   auto sleep = std::chrono::nanoseconds(interval_ns_.load(std::memory_order_relaxed));
-  if (retry_at_)
-    sleep = std::min(sleep, std::max(*retry_at_ - Clock::now(), std::chrono::nanoseconds(0)));
+  const auto now = Clock::now();
+  if (retry_at_) sleep = std::min(sleep, std::max(*retry_at_ - now, std::chrono::nanoseconds(0)));
   // A copy announces itself to nobody. Without hurry it is looked for at the next interval, so that
   // the youngest copies of a steady training do not cut its groups into pieces.
-  if (writer_.waits_for_copy() && is_awaited())
+  if (writer_.waits_for_copy() && (is_awaited() || ring_.read_position() < requested_position_))
     sleep = std::min<std::chrono::nanoseconds>(sleep, kCopyPoll);
-  timespec until{};
-  clock_gettime(CLOCK_MONOTONIC, &until);
-  const std::int64_t ns = until.tv_nsec + sleep.count();
-  until.tv_sec += ns / 1000000000;
-  until.tv_nsec = ns % 1000000000;
-  while (sem_clockwait(&wake_signal_, CLOCK_MONOTONIC, &until) != 0 && errno == EINTR) {
+  const auto due = now + sleep;
+  for (;;) {
+    const auto next = std::min(due, Clock::now() + kStatusInterval);
+    if (sleep_until(next) || next == due) break;
+    if (writer_.answer_requests()) {
+      requested_position_ = ring_.head();
+      break;
+    }
+    writer_.write_changed_status();
   }
   // A producer that the flag spares its system call just now may publish after our look: then its
   // bytes wait for the next interval, and a waiter wakes us again with each slice.
   wake_requested_.exchange(false, std::memory_order_acq_rel);
+}
+
+// Whether somebody has woken us before the time.
+bool Runtime::sleep_until(Clock::time_point due) noexcept {
+  const auto left = std::max(due - Clock::now(), Clock::duration(0));
+  timespec until{};
+  clock_gettime(CLOCK_MONOTONIC, &until);
+  const std::int64_t ns =
+      until.tv_nsec + std::chrono::duration_cast<std::chrono::nanoseconds>(left).count();
+  until.tv_sec += ns / 1000000000;
+  until.tv_nsec = ns % 1000000000;
+  for (;;) {
+    if (sem_clockwait(&wake_signal_, CLOCK_MONOTONIC, &until) == 0) return true;
+    if (errno != EINTR) return false;
+  }
 }
 
 bool Runtime::is_awaited() const noexcept {
@@ -234,6 +252,7 @@ void Runtime::keep_house() {
   writer_.maintain(now);
   if (now - status_written_ < kStatusInterval) return;
   status_written_ = now;
+  if (writer_.answer_requests()) requested_position_ = ring_.head();
   writer_.write_changed_status();
 }
 

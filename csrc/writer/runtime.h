@@ -6,7 +6,8 @@
 //
 // Waking: the thread looks at the ring every commit interval; a producer wakes it earlier only when
 // a group's worth of bytes is waiting, and a waiter when it begins to wait. So an ordinary hook
-// makes no system call.
+// makes no system call. In between it wakes for its status file and for requests of other
+// processes (Writer::answer_requests), and goes to sleep again.
 //
 // Thread safety: all methods from any thread.
 #pragma once
@@ -89,6 +90,7 @@ class Runtime {
 
   void thread_main();
   void sleep_until_due();
+  bool sleep_until(Clock::time_point due) noexcept;
   [[nodiscard]] bool is_awaited() const noexcept;
   void work();
   void keep_house();
@@ -118,6 +120,8 @@ class Runtime {
   Writer writer_;
   std::optional<Clock::time_point> retry_at_;
   Clock::time_point status_written_{};
+  std::uint64_t requested_position_ =
+      0;  // a request from outside waits for what was published here
   std::thread thread_;
 };
 

@@ -24,6 +24,8 @@ constexpr std::uint64_t kGroupBytes = std::uint64_t{32} << 20;
 constexpr auto kCopyPatience = std::chrono::seconds(10);
 constexpr auto kCopyPoll = std::chrono::milliseconds(1);
 constexpr auto kSyncInterval = std::chrono::seconds(60);
+constexpr auto kSealInterval = std::chrono::seconds(1);
+constexpr auto kIdleBeforeSeal = std::chrono::seconds(5);
 
 std::string status_json(std::uint32_t attempt, const Counters& counters) {
   const auto field = [](const char* name, std::uint64_t value) {
@@ -258,7 +260,8 @@ Partition& Writer::partition_of(Track& track, std::int64_t epoch) {
   // Made before it has a place: without memory there must not be an empty place.
   auto partition = std::make_unique<Partition>(PartitionOptions{
       attempt.store().partition_directory(epoch), store.rank, attempt.options().attempt, epoch,
-      store.sync, store.segment_bytes, attempt.options().stall_timeout});
+      store.sync, store.segment_bytes, attempt.options().stall_timeout,
+      attempt.store().is_staged() ? attempt.store().home_directory(epoch) : std::string()});
   return *track.partitions.emplace(epoch, std::move(partition)).first->second;
 }
 
@@ -271,7 +274,17 @@ void Writer::make_room_for(Partition& partition) {
   open_.push_back(&partition);
 }
 
+void Writer::seal_staged(Clock::time_point now) {
+  if (now - last_seal_ < kSealInterval) return;
+  last_seal_ = now;
+  for (auto& [id, track] : tracks_) {
+    if (!track.attempt->store().is_staged()) continue;
+    for (auto& [epoch, partition] : track.partitions) partition->seal_if_idle(now, kIdleBeforeSeal);
+  }
+}
+
 void Writer::maintain(Clock::time_point now) {
+  seal_staged(now);
   if (now - last_sync_ < kSyncInterval) return;
   last_sync_ = now;
   for (auto& [id, track] : tracks_) {
@@ -369,6 +382,17 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept try 
   close(file);
 } catch (const std::exception&) {
   // Out of memory: the next one tells as much.
+}
+
+bool Writer::answer_requests() noexcept {
+  bool answered = false;
+  for (auto& [id, track] : tracks_) {
+    const std::string request = track.attempt->store().directory() + "/" + kFlushRequestFile;
+    if (unlink(request.c_str()) != 0) continue;
+    write_status(track.attempt->store(), true);
+    answered = true;
+  }
+  return answered;
 }
 
 void Writer::write_changed_status() noexcept {

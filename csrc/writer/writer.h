@@ -41,7 +41,8 @@ class Writer {
   void drain_all();
   // Whether the next record cannot be read before its copy has arrived.
   [[nodiscard]] bool waits_for_copy() const noexcept { return waits_for_copy_; }
-  // Periodic work: durability="process" is synced every minute.
+  // Periodic work: durability="process" is synced every minute; what is staged is sealed when its
+  // epoch rests, so that it can be moved.
   void maintain(Clock::time_point now);
   // When a partition wants to be tried again; nullopt when none waits.
   [[nodiscard]] std::optional<Clock::time_point> next_retry() const;
@@ -58,6 +59,9 @@ class Writer {
   void write_status(const StoreState& store, bool recording) noexcept;
   // The same for every store whose counters have moved since.
   void write_changed_status() noexcept;
+  // Whether somebody in another process asks a store for its counters and a commit: then the status
+  // is written after the request was taken away, so that who asked knows it for a newer one.
+  bool answer_requests() noexcept;
 
  private:
   using Partitions = std::map<std::int64_t, std::unique_ptr<Partition>>;  // by epoch
@@ -78,6 +82,7 @@ class Writer {
   void collect_losses();
   bool commit_due(Clock::time_point now);
   void commit(Track& track, Partition& partition, Clock::time_point now);
+  void seal_staged(Clock::time_point now);
   void fail_track(Track& track, const StoreError* error) noexcept;
   void release_committed();
   Partition& partition_of(Track& track, std::int64_t epoch);
@@ -93,6 +98,7 @@ class Writer {
   std::vector<Partition*> open_;           // with open environments, least recently used first
   std::vector<LossNote> loss_scratch_;
   Clock::time_point last_sync_ = Clock::now();
+  Clock::time_point last_seal_ = Clock::now();
 };
 
 }  // namespace mld

@@ -22,8 +22,13 @@ class Store:
         durability: Literal["power", "process"],
         max_bytes: int | None = None,
         segment_bytes: int = 4 << 30,
+        owner: str = "",
+        staging: str = "",
     ) -> None:
         """Take the writer lock of ``directory`` (made if missing), or share it with handles of this process.
+
+        ``owner`` is written into the lock file, for who asks whose it is. Segments are written to ``staging``
+        where it is given, and stay there until somebody moves them.
 
         Raises TraceInUseError (another process writes there), StorageError (unwritable, full, on a network),
         InvalidInputError (shared with other ``durability`` or ``max_bytes``).

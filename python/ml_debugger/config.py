@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.job import process_rank
 from ml_debugger.memory import usable_memory_bytes
 
 __all__ = ["TracerConfig"]
@@ -81,9 +81,9 @@ class TracerConfig:
         commit_bytes: Payload of a group commit, in bytes. Default 32 MiB.
         commit_interval_s: Longest time between a call and its commit while the disk keeps up. Default 0.5 s.
         device_ring_bytes: Device staging in bytes. Default 64 MiB, at most 1 % of the device.
-        staging_dir: Local directory for data being written when ``data_dir`` is on a network filesystem.
-            Without effect in this version, which refuses such a ``data_dir``.
-            Default None.
+        staging_dir: Local directory for data being written when ``data_dir`` is on a network filesystem,
+            which is refused without it. Sealed segments move to ``data_dir``: full ones, those of an epoch
+            that rests for 5 s, and all at ``close()``. Default None.
         stall_timeout_s: Longest wait without progress. Default 300 s.
         close_timeout_s: Longest wait of ``close()`` and of the process's end. Default 60 s.
 
@@ -135,16 +135,12 @@ class TracerConfig:
     @property
     def rank(self) -> int:
         """``data_rank``, or the process's rank as of now if none was given."""
-        return process_rank() if getattr(self, "_rank_is_default", False) else self.data_rank
+        return process_rank() if self.has_default_rank else self.data_rank
 
-
-def process_rank() -> int:
-    """Rank of this process in its job: from ``torch.distributed``, else ``RANK``, else 0."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
-    text = os.environ.get("RANK", "")
-    return int(text) if text.isascii() and text.isdigit() else 0
+    @property
+    def has_default_rank(self) -> bool:
+        """Whether neither an argument nor ``MLD_DATA_RANK`` chose ``data_rank``."""
+        return bool(getattr(self, "_rank_is_default", False))
 
 
 def _default_ring_bytes() -> int:

@@ -315,3 +315,20 @@ TEST(writer_tells_other_processes_its_counters) {
   CHECK(support::read_file(directory / "status.json").find("\"recording\": false") !=
         std::string::npos);
 }
+
+TEST(writer_answers_a_request_with_a_status_that_is_newer) {
+  const TempDir directory;
+  Bench bench;
+  mld::Writer writer(bench.ring());
+  Attempt attempt(writer, bench, directory.path());
+  CHECK(!writer.answer_requests());
+  attempt.call(0, 0, 5000);
+  mld::replace_file(directory / "flush.request", "");
+  CHECK(writer.answer_requests());
+  CHECK(!mld::path_exists(directory / "flush.request"));
+  const std::string status = support::read_file(directory / "status.json");
+  CHECK(status.find("\"rows_submitted\": 2, ") != std::string::npos);
+  CHECK(status.find("\"rows_in_flight\": 2, ") != std::string::npos);
+  CHECK(!writer.answer_requests());
+  writer.detach(attempt.state->id());
+}

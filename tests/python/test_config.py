@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ml_debugger import memory
-from ml_debugger.config import TracerConfig, process_rank
+from ml_debugger.config import TracerConfig
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.job import process_rank
 
 DEFAULTS = {
     "data_dir": Path("mld_data"),

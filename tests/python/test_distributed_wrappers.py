@@ -22,7 +22,7 @@ if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
 
 WORLD_SIZE = 2
 BATCH, STEPS = 3, 2
-WRAPPERS = ("ddp", "replicate", "fsdp2", "fsdp2_bf16", "fsdp1", "fsdp1_orig", "tensor_parallel")
+WRAPPERS = ("ddp", "replicate", "fsdp2", "fsdp2_bf16", "hsdp", "fsdp1", "fsdp1_orig", "tensor_parallel")
 
 
 class Net(nn.Module):
@@ -65,6 +65,8 @@ def wrap(name: str) -> nn.Module:
             "head": RowwiseParallel(input_layouts=Replicate()),
         }
         return parallelize_module(model, mesh, plan)
+    if name == "hsdp":  # two replicas, each of one shard
+        mesh = init_device_mesh("cpu", (WORLD_SIZE, 1), mesh_dim_names=("replicate", "shard"))
     half = torch.bfloat16 if name == "fsdp2_bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
     fully_shard(model.body, mesh=mesh, mp_policy=policy)

@@ -11,6 +11,7 @@ from ml_debugger.cli.options import data_dir_option, json_option, trace_argument
 from ml_debugger.cli.output import epoch_name, human_bytes, print_json, print_table, shown
 from ml_debugger.errors import MlDebuggerError, NotFoundError
 from ml_debugger.store import layout
+from ml_debugger.store.job_ranks import named
 from ml_debugger.store.survey import RankSurvey, Totals, TraceSurvey, survey_trace
 
 
@@ -123,6 +124,7 @@ def _details(survey: TraceSurvey) -> dict[str, Any]:
         "target_layers": recorded.aliases,
         "additional_fields": recorded.additional_fields,
         "additional_label_fields": recorded.additional_label_fields,
+        "missing_ranks": survey.missing_ranks,
         "unusable_segments": [str(path) for path in survey.unusable],
     }
 
@@ -185,5 +187,8 @@ def _print_details(survey: TraceSurvey) -> None:
             numbers=["ROWS", "LABELLED", "CALLS", "SIZE"],
         )
     _print_live([rank for rank in survey.ranks if rank.writing and rank.status])
+    if survey.missing_ranks:
+        missing = named(survey.missing_ranks)
+        click.echo(f"warning: {missing} of the newest job left nothing here", err=True)
     for path in survey.unusable:
         click.echo(f"warning: {shown(str(path))} was open when the machine lost power", err=True)

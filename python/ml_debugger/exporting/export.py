@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ from ml_debugger.exporting.progress import Progress, ProgressCallback
 from ml_debugger.exporting.spool import SpoolPlace
 from ml_debugger.exporting.tables import TablesWriter
 from ml_debugger.store import layout
-from ml_debugger.trace.catalog import retry_vanished
+from ml_debugger.trace.catalog import RankSummary, retry_vanished
 from ml_debugger.trace.store_source import Choice
 from ml_debugger.trace.trace import check_epoch
 
@@ -33,6 +33,7 @@ def export_trace(
     format: str = FORMATS[0],
     dedupe: bool = True,
     progress: bool | ProgressCallback | None = None,
+    on_ranks: Callable[[list[RankSummary]], None] = lambda ranks: None,
 ) -> Path:
     """Write what is committed of a trace into a ZIP of npy or Parquet members with a `manifest.json`.
 
@@ -51,6 +52,7 @@ def export_trace(
         dedupe: Of the rows with an epoch, keep only the newest for each (dataset_type, n_epoch, input_id).
         progress: True or False; None: a line on a terminal only; or a callable that takes (bytes done, bytes
             in all).
+        on_ranks: Called with the ranks of the archive, when it is complete.
 
     Returns:
         The file that was written; an existing one was replaced atomically.
@@ -76,7 +78,8 @@ def export_trace(
     with Progress(progress) as shown, _storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A drop in the middle of it: what was written so far is thrown away, and what is left is exported.
-        retry_vanished(lambda: _replace(path, trace_dir, info, epoch, format, dedupe, shown))
+        ranks = retry_vanished(lambda: _replace(path, trace_dir, info, epoch, format, dedupe, shown))
+    on_ranks(ranks)
     return path
 
 
@@ -88,7 +91,7 @@ def _replace(
     format: str,
     dedupe: bool,
     progress: Progress,
-) -> None:
+) -> list[RankSummary]:
     with _temporary(path.parent) as (file, temporary):
         choice = Choice(trace_dir, n_epoch, None, dedupe)
         _write_archive(file, path.parent, trace_dir, info, choice, format, progress)
@@ -96,6 +99,7 @@ def _replace(
         os.fsync(file.fileno())
         os.replace(temporary, path)
         layout.sync_directory(path.parent)
+        return choice.snapshot.ranks
 
 
 def _write_archive(

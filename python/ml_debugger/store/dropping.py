@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from ml_debugger import _core
-from ml_debugger.store import layout
+from ml_debugger.store import layout, staging
 
 _TIMEOUT_S = 300.0
 
@@ -34,6 +34,7 @@ def drop_rows(trace_dir: Path, n_epoch: int | None) -> dict[str, int]:
         for rank, rank_dir in layout.rank_directories(trace_dir):
             store = _core.Store(str(rank_dir), rank=rank, durability="power")
             held.callback(store.close)
+            staging.adopt(rank_dir)
             stores.append((store, rank_dir))
         for store, rank_dir in stores:
             epochs = [partition.epoch for partition in layout.partitions(rank_dir)]

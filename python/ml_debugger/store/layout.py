@@ -25,6 +25,7 @@ from ml_debugger.errors import (
     NotFoundError,
     StorageError,
 )
+from ml_debugger.job import Job
 
 FORMAT_VERSION = 1
 DEFAULT_DATA_DIR = "mld_data"
@@ -37,6 +38,7 @@ DATA_FILE = "data.mdb"
 SEALED_FILE = "sealed.json"
 SEGMENT_FILE = "segment.json"
 
+_STAGING_FILE = "staging.json"
 _VERSION_FILE = "version.json"
 _ATTEMPTS_FILE = "attempts.json"
 _SLUG_CHARACTERS = 40
@@ -177,18 +179,22 @@ def segments(partition_dir: Path) -> list[SegmentEntry]:
     segment of durability ``process`` that carries another boot id than this machine.
     """
     entries = []
-    for match, path in _matching(partition_dir, _SEGMENT):
+    for attempt, sequence, listed in segment_directories(partition_dir):
+        path = listed
         try:
             description = read_json(path / SEGMENT_FILE)
+            if description is None and path.parent != partition_dir:  # moved since it was listed
+                path = partition_dir / path.name
+                description = read_json(path / SEGMENT_FILE)
         except CorruptDataError:
-            entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed=False, usable=False))
+            entries.append(SegmentEntry(attempt, sequence, path, sealed=False, usable=False))
             continue
         if description is None:
             continue
         check_format_version(description, path / SEGMENT_FILE)
         sealed = (path / SEALED_FILE).exists()
         usable = sealed or not is_torn(description)
-        entries.append(SegmentEntry(int(match[1]), int(match[2]), path, sealed, usable))
+        entries.append(SegmentEntry(attempt, sequence, path, sealed, usable))
     return sorted(entries) + _slices(partition_dir)
 
 
@@ -198,8 +204,44 @@ def is_torn(description: dict[str, Any]) -> bool:
 
 
 def segment_directories(partition_dir: Path) -> list[tuple[int, int, Path]]:
-    """(Attempt, sequence, directory) of what is named like a segment, in order, whatever it holds."""
-    return sorted((int(match[1]), int(match[2]), path) for match, path in _matching(partition_dir, _SEGMENT))
+    """(Attempt, sequence, directory) of what is named like a segment, in order, whatever it holds.
+
+    Those that are still staged are listed too, under the directory where they lie.
+    """
+    staged = [place / partition_dir.name for place in staging_directories(partition_dir.parent)]
+    found = {}
+    # The home comes last: what is moved between two of these listings is in both, and is read there.
+    for directory in (*staged, partition_dir):
+        for match, path in _matching(directory, _SEGMENT):
+            found[int(match[1]), int(match[2])] = path
+    return sorted((attempt, sequence, path) for (attempt, sequence), path in found.items())
+
+
+def staging_entries(rank_dir: Path) -> list[dict[str, Any]]:
+    """Where segments of a rank are staged, or were and have not all been moved: ``directory``, ``host``."""
+    document = read_json(rank_dir / _STAGING_FILE)
+    entries = [] if document is None else document.get("directories")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("directory"), str) for entry in entries
+    ):
+        raise CorruptDataError(f"{rank_dir / _STAGING_FILE} holds no list of directories", "remove the file")
+    return entries
+
+
+def staging_directories(rank_dir: Path) -> list[Path]:
+    """Those of `staging_entries` that are on this machine."""
+    found = [Path(entry["directory"]) for entry in staging_entries(rank_dir)]
+    return [path for path in found if path.is_dir()]
+
+
+def write_staging(rank_dir: Path, entries: list[dict[str, Any]]) -> None:
+    """Replace `staging.json`; without entries it goes."""
+    path = rank_dir / _STAGING_FILE
+    if entries:
+        write_json(path, {"format_version": FORMAT_VERSION, "directories": entries})
+    else:
+        with _storage_errors(f"delete {path}"):
+            path.unlink(missing_ok=True)
 
 
 def slice_files(partition_dir: Path) -> list[tuple[SliceName, Path]]:
@@ -329,10 +371,17 @@ def attempts(rank_dir: Path) -> list[int]:
     return [int(entry["attempt"]) for entry in attempt_entries(rank_dir)]
 
 
-def register_attempt(rank_dir: Path) -> int:
+def register_attempt(rank_dir: Path, job: Job | None = None) -> int:
     """Give out the next attempt number of a rank and record it durably.
 
+    The ranks of one job get one number for their first attempts, one for their second ones, and so on: by
+    it readers tell which rows are newer, whichever rank recorded them.
+
     REQUIRES: the caller holds the rank's writer lock.
+
+    Args:
+        rank_dir: Directory of the rank.
+        job: The job of this process; without one (or without its id) the rank counts by itself.
 
     Raises:
         StorageError: The numbers are used up, or the directory cannot be written.
@@ -341,17 +390,36 @@ def register_attempt(rank_dir: Path) -> int:
     found = [int(entry["attempt"]) for entry in entries]
     # Segments count too: a lost attempts.json must not hand a number out twice, row ids would repeat.
     for partition in partitions(rank_dir):
-        for pattern in (_SEGMENT, _SLICE):
-            found += [int(match[1]) for match, _ in _matching(partition.path, pattern)]
+        found += [number for number, _, _ in segment_directories(partition.path)]
+        found += [name.attempt for name, _ in slice_files(partition.path)]
     attempt = max(found, default=-1) + 1
+    if job is not None and job.job_id is not None:
+        attempt = _attempt_of_job(rank_dir, job.job_id, entries, attempt)
     if attempt >= MAX_ATTEMPTS:
         raise StorageError(
             f"{rank_dir} has had {MAX_ATTEMPTS} attempts, the most that fit a row_id",
             "use another version_name",
         )
-    entries.append({"attempt": attempt, "started_unix_s": round(time.time(), 3), "pid": os.getpid()})
+    entry = {"attempt": attempt, "started_unix_s": round(time.time(), 3), "pid": os.getpid()}
+    entries.append(entry if job is None else {**entry, **job.entry()})
     write_attempts(rank_dir, entries)
     return attempt
+
+
+def _attempt_of_job(rank_dir: Path, job_id: str, own: list[dict[str, Any]], lowest: int) -> int:
+    """The number that the other ranks of a job gave to the same attempt, else one above all there are."""
+    others = [
+        entry
+        for _, directory in rank_directories(rank_dir.parent)
+        if directory != rank_dir
+        for entry in attempt_entries(directory)
+    ]
+    before = len([entry for entry in own if entry.get("job") == job_id])
+    shared: list[int] = sorted({int(entry["attempt"]) for entry in others if entry.get("job") == job_id})
+    if before < len(shared) and shared[before] >= lowest:
+        return shared[before]
+    highest = max((int(entry["attempt"]) for entry in others), default=-1)
+    return max(lowest, highest + 1)
 
 
 def write_attempts(rank_dir: Path, entries: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ import msgpack
 from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, NotFoundError
 from ml_debugger.store import layout
+from ml_debugger.store.job_ranks import missing_ranks
 from ml_debugger.store.status import is_writing, read_status
 
 _BLOCK_BYTES = 512  # the unit of st_blocks
@@ -62,6 +63,7 @@ class TraceSurvey:
         ranks: Its ranks.
         totals: Counters of all segments.
         unusable: Segments that were open when the machine lost power; they are not counted.
+        missing_ranks: Ranks of the newest job that are not here.
     """
 
     directory: Path
@@ -70,6 +72,7 @@ class TraceSurvey:
     ranks: list[RankSurvey]
     totals: Totals
     unusable: list[Path]
+    missing_ranks: list[int] = field(default_factory=list)
 
     @property
     def writing(self) -> bool:
@@ -98,6 +101,7 @@ def survey_trace(trace_dir: Path) -> TraceSurvey:
             if totals.rows:
                 survey.epochs.setdefault(epoch, Totals()).add(totals)
     survey.epochs = dict(sorted(survey.epochs.items()))
+    survey.missing_ranks = missing_ranks(trace_dir, [rank.rank for rank in survey.ranks])
     return survey
 
 

@@ -29,6 +29,9 @@ from ml_debugger.trace.runs import CallRun, scan, scan_singly
 from ml_debugger.trace.slice_file import SliceFile
 
 _HEADERS_A_STEP = 256
+# Of all ranks together that take turns: what is read ahead does not grow with their number.
+_HEADERS_AHEAD = 4096
+_FEWEST_HEADERS_A_STEP = 4
 _TRIES = 5
 
 _Result = TypeVar("_Result")
@@ -52,7 +55,11 @@ class SegmentLookup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SegmentRef:
-    """One segment, not open; ``inode`` tells it from a later one of the same name."""
+    """One segment, not open; ``inode`` tells it from a later one of the same name.
+
+    One that is staged may be moved to ``home`` meanwhile; there ``made_ns``, the time of its `segment.json`,
+    tells it from a later one.
+    """
 
     rank: int
     epoch: int
@@ -61,6 +68,8 @@ class SegmentRef:
     path: Path
     sealed: bool
     inode: int
+    home: Path | None = None
+    made_ns: int = -1
 
     @property
     def is_slice(self) -> bool:
@@ -74,33 +83,42 @@ class SegmentRef:
         Raises:
             VanishedError: It has been dropped.
         """
-        self.check_exists()
         try:
-            segment: _core.Segment | SliceFile
-            if self.is_slice:
-                segment = SliceFile(self.path)
-            else:
-                segment = _core.Segment(str(self.path), sealed=self.sealed)
-        except NotFoundError as error:
-            raise self._vanished() from error
+            segment = self._open()
+        except NotFoundError:
+            try:
+                segment = self._open()  # moved in this moment
+            except NotFoundError as error:
+                raise self._vanished() from error
         try:
             yield segment
         finally:
             segment.close()
 
+    def _open(self) -> _core.Segment | SliceFile:
+        path, sealed = self._place()
+        return SliceFile(path) if self.is_slice else _core.Segment(str(path), sealed=sealed)
+
     def check_exists(self) -> None:
         """Raise VanishedError if the segment has been dropped."""
-        try:
-            inode = os.stat(self.path).st_ino
-        except (FileNotFoundError, NotADirectoryError):
-            inode = -1
-        if inode != self.inode:
-            raise self._vanished()
+        self._place()
+
+    def _place(self) -> tuple[Path, bool]:
+        """Where it lies now, and whether it is sealed there."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.stat(self.path).st_ino == self.inode:
+                return self.path, self.sealed
+        if self.home is not None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if os.stat(self.home / layout.SEGMENT_FILE).st_mtime_ns == self.made_ns:
+                    return self.home, True
+        raise self._vanished()
 
     def data_bytes(self) -> int:
         """Size of the data file: no chunk in it can be larger."""
+        path, _ = self._place()
         try:
-            return os.stat(self.path if self.is_slice else self.path / "data.mdb").st_size
+            return os.stat(path if self.is_slice else path / layout.DATA_FILE).st_size
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._vanished() from error
 
@@ -167,21 +185,21 @@ class _Stream:
                 return
         raise self._incomplete(int(wanted[-left]))
 
-    def calls(self) -> Iterator[Call]:
+    def calls(self, headers_a_step: int = _HEADERS_A_STEP) -> Iterator[Call]:
         position = 0
         while position < len(self.keys):
-            step = self._step(position)
+            step = self._step(position, headers_a_step)
             yield from step
             position += len(step)
 
-    def _step(self, position: int) -> list[Call]:
+    def _step(self, position: int, headers_a_step: int) -> list[Call]:
         """Decode the next calls; at least one, so that every step makes progress."""
         decoder = _decoder(self.ref)
         calls: list[Call] = []
         after = self.keys[position] - 1 if self.keys[position] else None
         with self.ref.opened() as segment:
             while not calls:
-                headers = segment.headers(after, _HEADERS_A_STEP)
+                headers = segment.headers(after, headers_a_step)
                 for key, value in headers:
                     if position < len(self.keys) and key == self.keys[position]:
                         call = decoder.decode(key, value, is_checked=True)
@@ -246,11 +264,7 @@ class Snapshot:
         dropped.
         """
         for group in sorted(self._groups):
-            chains = [_chained(chain) for chain in _chains(self._groups[group])]
-            if len(chains) == 1:
-                yield from chains[0]
-            else:
-                yield from heapq.merge(*chains, key=lambda call: (call.call, call.rank))
+            yield from _in_turn(_chains(self._groups[group]))
 
     def runs(self) -> Iterator[Call | CallRun]:
         """As `calls`, with calls together that are alike and follow one another."""
@@ -260,8 +274,7 @@ class Snapshot:
                 for stream in chains[0]:
                     yield from stream.runs()
             else:  # several ranks: their calls take turns
-                merged = [_chained(chain) for chain in chains]
-                yield from heapq.merge(*merged, key=lambda call: (call.call, call.rank))
+                yield from _in_turn(chains)
 
     @property
     def num_calls(self) -> int:
@@ -381,9 +394,16 @@ def _chains(streams: list[_Stream]) -> list[list[_Stream]]:
     return chains
 
 
-def _chained(chain: list[_Stream]) -> Iterator[Call]:
+def _in_turn(chains: list[list[_Stream]]) -> Iterator[Call]:
+    """The calls of several ranks by number, then by rank."""
+    ahead = max(_FEWEST_HEADERS_A_STEP, min(_HEADERS_A_STEP, _HEADERS_AHEAD // len(chains)))
+    merged = [_chained(chain, ahead) for chain in chains]
+    yield from heapq.merge(*merged, key=lambda call: (call.call, call.rank))
+
+
+def _chained(chain: list[_Stream], headers_a_step: int) -> Iterator[Call]:
     for stream in chain:
-        yield from stream.calls()
+        yield from stream.calls(headers_a_step)
 
 
 def _keys(header: Call | CallRun) -> _Keys:
@@ -417,14 +437,27 @@ def partition_segments(
                 stacklevel=2,
             )
             continue
+        home = partition.path / entry.path.name
+        is_staged = home != entry.path
         try:
             inode = os.stat(entry.path).st_ino
+            made_ns = os.stat(entry.path / layout.SEGMENT_FILE).st_mtime_ns if is_staged else -1
         except (FileNotFoundError, NotADirectoryError) as error:
             raise VanishedError(
                 f"{entry.path} was dropped while it was listed", "start reading again"
             ) from error
         usable.append(
-            SegmentRef(rank, partition.epoch, entry.attempt, entry.sequence, entry.path, entry.sealed, inode)
+            SegmentRef(
+                rank,
+                partition.epoch,
+                entry.attempt,
+                entry.sequence,
+                entry.path,
+                entry.sealed,
+                inode,
+                home if is_staged else None,
+                made_ns,
+            )
         )
     return usable, torn
 

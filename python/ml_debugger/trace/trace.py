@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ml_debugger.errors import InvalidInputError
 from ml_debugger.extras import require
 from ml_debugger.store import layout
-from ml_debugger.trace.arguments import Ids, check_batch_size, check_columns, check_rows, check_table
+from ml_debugger.trace.arguments import (
+    Ids,
+    check_batch_size,
+    check_columns,
+    check_integer,
+    check_rows,
+    check_table,
+)
 from ml_debugger.trace.arguments import check_epoch as check_epoch
 from ml_debugger.trace.assemble import iterate_batches, read_arrays, read_tensors
 from ml_debugger.trace.catalog import retry_vanished
@@ -269,6 +278,52 @@ class Trace:
         return self._batches(
             table, n_epoch, dataset_type, columns, dedupe, input_ids, check_batch_size(batch_size)
         )
+
+    def to_parquet(
+        self,
+        table: str,
+        directory: str | os.PathLike[str],
+        columns: Sequence[str] | None = None,
+        *,
+        dedupe: bool = False,
+        rows_a_file: int = 1 << 20,
+    ) -> list[Path]:
+        """Write a table as Parquet files that DuckDB, Spark, Ray Data and Dask read in parallel.
+
+        ``<directory>/n_epoch=<n>/part-<k>.parquet`` (-1: rows without an epoch). ``n_epoch`` stands in the
+        paths alone, as these engines expect (hive partitioning); otherwise columns and types are those of
+        `to_arrow`, the same in all files. Blocks; memory: 8 MiB, or a call that is larger.
+
+        Args:
+            table: ``"extracted_feature"`` or ``"ground_truth"``.
+            directory: A new directory, or an empty one; it appears when all of it is there.
+            columns: The columns to write; None: all.
+            dedupe: Only the newest row of each ``(dataset_type, n_epoch, input_id)``.
+            rows_a_file: About how many rows a file gets.
+
+        Returns:
+            The files, sorted.
+
+        Raises:
+            InvalidInputError: The directory is not empty, or pyarrow is not installed; or as `arrays`.
+            StorageError: It cannot be written.
+            Otherwise as `arrays`.
+        """
+        from ml_debugger.trace.parquet_files import write_parquet_files
+
+        rows = check_integer(rows_a_file, "rows_a_file", "an int, at least 1")
+        if rows < 1:
+            raise InvalidInputError(f"rows_a_file must be at least 1, got {rows}", "pass a positive int")
+        place = Path(os.path.abspath(os.fspath(directory)))
+
+        def write() -> list[Path]:
+            schemas = self._select(table, None, None, False, None).schemas(
+                check_columns(columns), extents=False
+            )
+            selections = ((epoch, self._select(table, epoch, None, dedupe, None)) for epoch in self.epochs)
+            return write_parquet_files(selections, schemas, place, rows)
+
+        return retry_vanished(write)
 
     def to_pandas(
         self,

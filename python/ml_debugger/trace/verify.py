@@ -21,6 +21,7 @@ import numpy as np
 from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, MlDebuggerError, NotFoundError
 from ml_debugger.store import layout
+from ml_debugger.store.job_ranks import missing_ranks, named
 from ml_debugger.store.status import is_writing
 from ml_debugger.store.survey import read_meta
 from ml_debugger.trace.dtypes import Array
@@ -57,6 +58,7 @@ class VerifyReport:
         bytes_checked: Their length.
         discarded_rows: Rows that the gaps name, which were lost while recording; no damage.
         attempts: Attempts that have rows.
+        missing_ranks: Ranks of the newest job that are not here; each is a problem too.
         structure_checked: Whether the pages of LMDB's files were checked too (needs the package lmdb).
         problems: All damage; none means that the trace is sound.
     """
@@ -69,6 +71,7 @@ class VerifyReport:
     bytes_checked: int = 0
     discarded_rows: int = 0
     attempts: list[int] = field(default_factory=list)
+    missing_ranks: list[int] = field(default_factory=list)
     structure_checked: bool = False
     problems: list[Problem] = field(default_factory=list)
 
@@ -137,6 +140,20 @@ class _Verifier:
         for rank, rank_dir in ranks:
             attempts |= self._rank(rank, rank_dir)
         self.report.attempts = sorted(attempts)
+        self._ranks_of_job(trace_dir, [rank for rank, _ in ranks])
+
+    def _ranks_of_job(self, trace_dir: Path, present: list[int]) -> None:
+        try:
+            missing = missing_ranks(trace_dir, present)
+        except MlDebuggerError:  # a damaged attempts.json, which its rank has told of
+            return
+        self.report.missing_ranks = missing
+        if missing:
+            self._found(
+                trace_dir,
+                f"{named(missing)} of the newest job that recorded here is missing: it left nothing, was "
+                "lost, or recorded into another data_dir (`ml-debugger merge` puts directories together)",
+            )
 
     def _found(self, path: Path, problem: object) -> None:
         self.report.problems.append(Problem(str(path), str(problem)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgpack
 
@@ -22,7 +24,8 @@ from ml_debugger.errors import (
     TraceInUseError,
     TraceStallError,
 )
-from ml_debugger.store import layout
+from ml_debugger.job import current_job
+from ml_debugger.store import job_ranks, layout, staging
 from ml_debugger.tracer import lifecycle
 from ml_debugger.tracer.bounded import BoundedWork
 
@@ -38,6 +41,8 @@ def _renew_lock() -> None:
 
 os.register_at_fork(after_in_child=_renew_lock)
 
+_Opened: TypeAlias = "tuple[_core.Store, _core.Recorder, staging.Mover | None]"
+
 
 class TraceSession:
     """The recording side of one tracer.
@@ -51,7 +56,7 @@ class TraceSession:
     Raises:
         ArchitectureMismatchError: The trace belongs to another architecture.
         InvalidInputError: It has other aliases or fields.
-        TraceInUseError: Another process writes to it.
+        TraceInUseError: Another process writes to it under this rank, or another job does.
         StorageError: The directory cannot be written.
         TraceStallError: The disk did not answer within ``stall_timeout_s``.
     """
@@ -63,6 +68,7 @@ class TraceSession:
         self.directory = layout.trace_directory(data_dir, info.model_name, info.version_name)
         self.rank_directory = layout.rank_directory(self.directory, rank)
         self._rank = rank
+        self.job = current_job(is_default_rank=config.has_default_rank)
         self._pid = os.getpid()
         self._closed = False
         # Re-entrant: a signal handler that closes may run inside of a close that waits.
@@ -71,10 +77,10 @@ class TraceSession:
         # Called once, when all is closed.
         self.on_closed: Callable[[], None] | None = None
         opening = BoundedWork(f"opening {self._described}", lambda: self._open(recreate), _give_back)
-        self._store, self.recorder = opening.run(config.stall_timeout_s)
+        self._store, self.recorder, self._mover = opening.run(config.stall_timeout_s)
         lifecycle.register(self)
 
-    def _open(self, recreate: bool) -> tuple[_core.Store, _core.Recorder]:
+    def _open(self, recreate: bool) -> _Opened:
         """All that a tracer does to files on behalf of its caller."""
         opening = _opening  # a fork renews it
         # Attempt numbers and version files of this process's tracers must not interleave.
@@ -88,27 +94,37 @@ class TraceSession:
         finally:
             opening.release()
 
-    def _open_alone(self, recreate: bool) -> tuple[_core.Store, _core.Recorder]:
+    def _open_alone(self, recreate: bool) -> _Opened:
         if recreate:
             self._check_companions()
         else:
             self._check_recorded()
         layout.make_directory(self.rank_directory)
         config = self.config
+        staged = staging.staging_directory(config.staging_dir, self.rank_directory)
+        mover: staging.Mover | None = None
         store = _core.Store(
             str(self.rank_directory),
             rank=self._rank,
             durability=config.durability,
             max_bytes=config.max_bytes,
+            owner=job_ranks.owner_text(self.job),
+            staging="" if staged is None else str(staged),
         )
         try:
+            # The lock is held and says whose it is: of two jobs that begin at once, one sees the other.
+            job_ranks.refuse_other_jobs(self.directory, self._rank, self.job)
+            if staged is not None:
+                mover = staging.Mover.acquire(self.rank_directory, staged)
+            else:
+                staging.adopt(self.rank_directory)
             if recreate:  # first, so that a crash in between leaves no rows under another model's name
                 store.drop_all(timeout_s=config.stall_timeout_s)
             recorded = layout.write_version(self.directory, self.info, replace=recreate)
             if not recreate:
                 check_same_trace(recorded, self.info)
             recorder = store.recorder(
-                layout.register_attempt(self.rank_directory),
+                layout.register_attempt(self.rank_directory, self.job),
                 overflow=config.overflow,
                 on_error=config.on_error,
                 ring_bytes=config.ring_bytes,
@@ -118,9 +134,11 @@ class TraceSession:
                 device_ring_bytes=config.device_ring_bytes,
             )
         except BaseException:
+            if mover is not None:
+                mover.release(0.0)
             store.close()
             raise
-        return store, recorder
+        return store, recorder, mover
 
     def _check_recorded(self) -> None:
         """Judge what is there before anything is made."""
@@ -182,7 +200,10 @@ class TraceSession:
     def drop_epoch(self, epoch: int, attempt: int | None) -> dict[str, int]:
         """Delete an epoch of this rank (or one attempt of it); rows deleted by table."""
         self._require_own()
-        rows, labels = self._store.drop_epoch(epoch, attempt=attempt, timeout_s=self.config.stall_timeout_s)
+        with self._nothing_moves():
+            rows, labels = self._store.drop_epoch(
+                epoch, attempt=attempt, timeout_s=self.config.stall_timeout_s
+            )
         dropped = {"extracted_feature": rows}
         if labels or self._has_ground_truth():
             dropped["ground_truth"] = labels
@@ -191,7 +212,12 @@ class TraceSession:
     def drop_all(self) -> None:
         """Delete every epoch of this rank."""
         self._require_own()
-        self._store.drop_all(timeout_s=self.config.stall_timeout_s)
+        with self._nothing_moves():
+            self._store.drop_all(timeout_s=self.config.stall_timeout_s)
+
+    def _nothing_moves(self) -> contextlib.AbstractContextManager[Any]:
+        """While this is held, no staged segment appears under its final name."""
+        return contextlib.nullcontext() if self._mover is None else self._mover.lock
 
     def epochs(self) -> list[int]:
         """Epochs that this rank has on disk, -1 for rows without one."""
@@ -230,6 +256,7 @@ class TraceSession:
             if self._closed:
                 return
             self._closed = True
+            deadline = time.monotonic() + self.config.close_timeout_s
             try:
                 self._finish()
             except MlDebuggerError:
@@ -241,6 +268,8 @@ class TraceSession:
             finally:
                 if self._closed:
                     lifecycle.unregister(self)
+                    if self._mover is not None:
+                        self._mover.release(max(0.0, deadline - time.monotonic()))
                     self._store.close()
                     self._log_losses()
                     if self.on_closed is not None:
@@ -308,10 +337,12 @@ def check_same_trace(recorded: layout.VersionInfo, wanted: layout.VersionInfo) -
             )
 
 
-def _give_back(opened: tuple[_core.Store, _core.Recorder]) -> None:
-    """A store that was opened when its tracer had given up already."""
-    store, recorder = opened
+def _give_back(opened: _Opened) -> None:
+    """What was opened when its tracer had given up already."""
+    store, recorder, mover = opened
     recorder.close(0.0)
+    if mover is not None:
+        mover.release(0.0)
     store.close()
 
 

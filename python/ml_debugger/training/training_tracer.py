@@ -17,9 +17,11 @@ from ml_debugger.errors import (
     StorageError,
     TraceStallError,
 )
+from ml_debugger.trace.catalog import RankSummary
 from ml_debugger.tracer.inputs import check_flag, check_seconds, require_epoch, select_epoch
 from ml_debugger.tracer.session import TraceSession
 from ml_debugger.tracer.torch_tracer import TorchTracer
+from ml_debugger.training.gathering import Gathering
 from ml_debugger.uploading import UploadReport
 from ml_debugger.uploading.client import UploadClient
 
@@ -158,6 +160,10 @@ class TrainingTracer(TorchTracer):
     ) -> Path | None:
         """Write the trace (or one epoch of it) as a ZIP; flushes first, works after ``close()``.
 
+        Not a collective call: on the primary rank (0) it asks the other ranks that record here for what
+        they have handed over, and waits until that is committed, at most ``stall_timeout_s``. A rank that
+        has ended or is late, or whose rows are not here, is named in a warning; the rest is exported.
+
         Args:
             output_path: File or directory; a name without ``.zip`` is a directory, which gets
                 ``<model_name>_<version_name>[_epoch<n>].zip``. Default: the current directory.
@@ -179,13 +185,24 @@ class TrainingTracer(TorchTracer):
         if session is None:
             return None
         session.flush(None)
-        if self._config.rank != 0:
+        if session.rank != 0:
             return None
         from ml_debugger.exporting import export_trace
 
-        return export_trace(
-            session.directory, output_path, n_epoch=epoch, format=format, dedupe=dedupe, progress=progress
+        gathering = Gathering(session.directory, session.rank, session.job)
+        gathering.settle(self._config.stall_timeout_s)
+        ranks: list[RankSummary] = []
+        path = export_trace(
+            session.directory,
+            output_path,
+            n_epoch=epoch,
+            format=format,
+            dedupe=dedupe,
+            progress=progress,
+            on_ranks=ranks.extend,
         )
+        gathering.warn_of_missing(ranks)
+        return path
 
     def drop_epoch_data(self, n_epoch: int, *, attempt: int | None = None) -> dict[str, int]:
         """Delete an epoch's rows of this rank; flushes first.

@@ -1,0 +1,256 @@
+"""`staging_dir`: segments are written on a local disk, read there, and moved home when they are sealed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ml_debugger import TracerConfig, load_export, open_trace
+from ml_debugger.store import layout, staging
+from ml_debugger.store.dropping import drop_rows
+from ml_debugger.store.survey import survey_trace
+from ml_debugger.trace.verify import verify_trace
+from ml_debugger.training import ClassificationTracer
+
+FEATURES = "extracted_feature"
+OTHER_FILESYSTEM = Path("/dev/shm")
+
+
+@pytest.fixture(params=["rename", "copy"])
+def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A staging directory on the filesystem of the data directory, and one on another."""
+    if request.param == "rename":
+        yield tmp_path / "stage"
+        return
+    if not OTHER_FILESYSTEM.is_dir() or os.stat(OTHER_FILESYSTEM).st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("there is no second filesystem")
+    import shutil
+    import tempfile
+
+    path = Path(tempfile.mkdtemp(dir=OTHER_FILESYSTEM))
+    yield path
+    shutil.rmtree(path)
+
+
+Open = Callable[..., ClassificationTracer]
+
+
+@pytest.fixture
+def open_tracer(stage: Path, data_dir: Path) -> Iterator[Open]:
+    opened: list[ClassificationTracer] = []
+
+    def run(**options: Any) -> ClassificationTracer:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, 3))
+        settings: dict[str, Any] = {"staging_dir": stage, "durability": "process", **options}
+        tracer = ClassificationTracer(model, "net", "v1", {"stem": "0"}, config=TracerConfig(**settings))
+        opened.append(tracer)
+        return tracer
+
+    yield run
+    for tracer in opened:
+        tracer.close()
+
+
+def record(tracer: ClassificationTracer, epoch: int, calls: range = range(3)) -> None:
+    for call in calls:
+        x = torch.full((4, 4), 100.0 * epoch + call)
+        tracer(x, [0, 1, 2, 0], [f"e{epoch}c{call}i{i}" for i in range(4)], "train", epoch)
+    tracer.flush()
+
+
+def segments_in(directory: Path) -> list[str]:
+    return sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in directory.glob("**/data.mdb"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_live_segments_are_staged_and_seen_by_readers_and_move_home_at_close(
+    open_tracer: Open, stage: Path, data_dir: Path
+) -> None:
+    tracer = open_tracer()
+    for epoch in range(2):
+        record(tracer, epoch)
+    names = ["epoch-0/a00000-s00000", "epoch-1/a00000-s00000"]
+    assert segments_in(stage) == names
+    assert segments_in(data_dir) == []
+    assert open_trace("net", "v1").num_rows(FEATURES) == 24
+    (trace_dir,) = data_dir.glob("*/*")
+    assert survey_trace(trace_dir).totals.rows == 24
+    assert verify_trace(trace_dir).problems == []
+    assert verify_trace(trace_dir).rows == 24
+    assert load_export(tracer.export(data_dir.parent)).num_rows(FEATURES) == 24
+    tracer.close()
+    assert segments_in(data_dir) == names
+    assert list(stage.iterdir()) == []
+    assert not list(data_dir.glob("*/*/*/staging.json"))
+    assert not list(data_dir.glob("*/*/*/trash-*"))
+    assert verify_trace(trace_dir).problems == []
+    assert open_trace("net", "v1").num_rows("ground_truth") == 24
+
+
+def test_another_process_reads_what_is_staged(open_tracer: Open, data_dir: Path) -> None:
+    record(open_tracer(), 0)
+    child = subprocess.run(
+        [sys.executable, "-m", "ml_debugger.cli", "info", "net", "v1", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(child.stdout)["rows"] == 12
+
+
+def test_an_epoch_that_rests_moves_while_the_tracer_records_on(
+    open_tracer: Open, stage: Path, data_dir: Path
+) -> None:
+    """A reader in the middle of it goes on where the segment is now; the last call is still read back."""
+    tracer = open_tracer(commit_interval_s=0.05)
+    record(tracer, 0, range(300))
+    batches = open_trace("net", "v1").iter_batches(FEATURES, batch_size=4, columns=["stem"])
+    first = [next(batches)["stem"][0, 0]]
+    wait_until(lambda: segments_in(data_dir) == ["epoch-0/a00000-s00000"] and not segments_in(stage))
+    assert torch.equal(tracer.get_hooked_features("stem"), torch.full((4, 4), 299.0))
+    assert [*first, *(batch["stem"][0, 0] for batch in batches)] == list(range(300))
+    record(tracer, 0, range(300, 303))  # into a successor
+    assert segments_in(stage) == ["epoch-0/a00000-s00001"]
+    assert open_trace("net", "v1").num_rows(FEATURES) == 1212
+    (trace_dir,) = data_dir.glob("*/*")
+    assert verify_trace(trace_dir).problems == []
+
+
+def test_drops_reach_what_is_staged_and_what_has_moved(
+    open_tracer: Open, stage: Path, data_dir: Path
+) -> None:
+    first = open_tracer()
+    record(first, 0)
+    record(first, 1)
+    first.close()
+    second = open_tracer()
+    record(second, 0)
+    record(second, 1)
+    assert second.drop_epoch_data(1, attempt=1) == {FEATURES: 12, "ground_truth": 12}
+    assert open_trace("net", "v1").num_rows(FEATURES, n_epoch=1) == 12
+    assert second.drop_epoch_data(0) == {FEATURES: 24, "ground_truth": 24}
+    assert segments_in(stage) == []
+    assert segments_in(data_dir) == ["epoch-1/a00000-s00000"]
+    record(second, 5)
+    second.drop_version_data()
+    assert segments_in(stage) == segments_in(data_dir) == []
+    record(second, 6)
+    assert open_trace("net", "v1").epochs == [6]
+
+
+def test_a_drop_of_an_attempt_whose_rows_are_home_leaves_the_staged_ones_visible(
+    open_tracer: Open, data_dir: Path
+) -> None:
+    first = open_tracer()
+    record(first, 0)
+    first.close()
+    second = open_tracer()
+    record(second, 0)
+    assert second.drop_epoch_data(0, attempt=0) == {FEATURES: 12, "ground_truth": 12}
+    assert open_trace("net", "v1").num_rows(FEATURES) == 12
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from pathlib import Path
+from ml_debugger import TracerConfig
+from ml_debugger.training import ClassificationTracer
+model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, 3))
+config = TracerConfig(staging_dir=sys.argv[2], durability="process")
+tracer = ClassificationTracer(model, "net", "v1", {"stem": "0"}, config=config)
+tracer(torch.ones(4, 4), [0, 1, 2, 0], ["a", "b", "c", "d"], "train", 0)
+tracer.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def killed(stage: Path, data_dir: Path) -> None:
+    """A process that died with rows in staging."""
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(stage)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -9
+    assert segments_in(stage) == ["epoch-0/a00000-s00000"]
+
+
+def test_what_a_killed_process_left_is_read_where_it_is_and_moved_by_the_next_tracer(
+    killed: None, open_tracer: Open, stage: Path, data_dir: Path
+) -> None:
+    assert open_trace("net", "v1").num_rows(FEATURES) == 4
+    record(open_tracer(), 1)
+    assert segments_in(data_dir) == ["epoch-0/a00000-s00000"]
+    assert segments_in(stage) == ["epoch-1/a00001-s00000"]
+    assert open_trace("net", "v1").num_rows(FEATURES) == 16
+
+
+def test_what_a_killed_process_left_is_moved_by_a_tracer_without_staging(
+    killed: None, open_tracer: Open, stage: Path, data_dir: Path
+) -> None:
+    record(open_tracer(staging_dir=None), 1)
+    assert segments_in(stage) == []
+    assert segments_in(data_dir) == ["epoch-0/a00000-s00000", "epoch-1/a00001-s00000"]
+    assert not list(data_dir.glob("*/*/*/staging.json"))
+
+
+def test_what_a_killed_process_left_is_dropped_from_another_process(
+    killed: None, stage: Path, data_dir: Path
+) -> None:
+    (trace_dir,) = data_dir.glob("*/*")
+    assert drop_rows(trace_dir, 0) == {FEATURES: 4, "ground_truth": 4}
+    assert segments_in(stage) == segments_in(data_dir) == []
+
+
+def test_a_move_that_fails_is_tried_again_and_costs_nothing(
+    open_tracer: Open,
+    stage: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    tracer = open_tracer()
+    record(tracer, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_move", refuse)
+        tracer.close()
+    assert "the next tracer of this rank on this machine moves them" in caplog.text
+    assert open_trace("net", "v1").num_rows(FEATURES) == 12
+    record(open_tracer(), 1)
+    assert segments_in(data_dir) == ["epoch-0/a00000-s00000"]
+
+
+def test_places_of_different_data_directories_do_not_meet(stage: Path, tmp_path: Path) -> None:
+    assert staging.staging_directory(None, tmp_path) is None
+    names = {staging.staging_directory(stage, tmp_path / name / "rank-00000") for name in ("a", "b")}
+    assert len(names) == 2
+
+
+def test_a_segment_that_moves_between_two_listings_is_not_overlooked(tmp_path: Path) -> None:
+    home, place = tmp_path / "rank-00000", tmp_path / "stage"
+    for directory, name in ((place, "a00000-s00001"), (home, "a00000-s00000"), (place, "a00000-s00000")):
+        segment = directory / "epoch-3" / name
+        segment.mkdir(parents=True)
+        layout.write_json(segment / "segment.json", {"format_version": 1, "durability": "power"})
+        (segment / "sealed.json").touch()
+    layout.write_staging(home, [{"directory": str(place), "host": "x"}])
+    found = layout.segments(home / "epoch-3")
+    assert [entry.path.parent.parent for entry in found] == [home, place]
