@@ -89,8 +89,8 @@ class HeadSearch:
     def watching(self, given: tuple[Any, Any] | None = None) -> Iterator[None]:
         """Watch the forward that runs inside, in this thread; hooks are gone afterwards.
 
-        ``given``: the model runs already and was given these (args, kwargs); the caller then says by `end_run`
-        what it returned.
+        ``given``: the model runs already and was given these (args, kwargs); the caller then says by
+        `end_run` what it returned.
 
         A compiled model runs as it is written, for this once: compiled code calls no function that we see.
         """

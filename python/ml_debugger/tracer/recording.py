@@ -40,7 +40,8 @@ class Recording:
         self._is_running = False
         self._is_saved = False
         self._search: HeadSearch | None = None
-        # What is to be left when the forward ends: the watch, and after it the lock that keeps others waiting.
+        self._block = contextlib.ExitStack()
+        # What is left when the forward ends: the watch, and after it the lock that keeps others waiting.
         self._watch = contextlib.ExitStack()
         self._lock = contextlib.ExitStack()
 
@@ -52,9 +53,14 @@ class Recording:
     def __enter__(self) -> Recording:
         if self._state.recording is not None:
             raise InvalidInputError("this thread is in a recording() of this tracer already", _HINT)
-        self._call = self._tracer._begin_recording(*self._arguments)
-        self._arguments = ()
+        if not self._arguments:
+            raise InvalidInputError("this recording() was entered before", _HINT)
+        arguments, self._arguments = self._arguments, ()
+        self._call = self._tracer._begin_recording(*arguments)
         if self._call is not None:
+            if self._tracer._head_search is not None:
+                # Within a compiled forward it is too late to run that as it is written.
+                self._block.enter_context(compiled.run_eagerly())
             self._state.recording = self
         return self
 
@@ -68,8 +74,11 @@ class Recording:
         if call is None:
             return
         self._state.recording = None
-        if self._is_running:
-            self._abandon()
+        try:
+            if self._is_running:
+                self._abandon()
+        finally:
+            self._block.close()
         if exception_type is None and not self._is_saved:
             self._tracer._require_open("the end of a recording()")
             raise AliasNotCapturedError(

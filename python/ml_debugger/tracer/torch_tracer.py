@@ -422,7 +422,12 @@ class TorchTracer:
         return Recording(self, (ground_truth, input_ids, dataset_type, n_epoch, kwargs))
 
     def _begin_recording(
-        self, ground_truth: Any, input_ids: Any, dataset_type: str, n_epoch: int | None, kwargs: dict[str, Any]
+        self,
+        ground_truth: Any,
+        input_ids: Any,
+        dataset_type: str,
+        n_epoch: int | None,
+        kwargs: dict[str, Any],
     ) -> TracedCall | None:
         """The checked call of a block; None if the block records nothing."""
         if self._closed:
