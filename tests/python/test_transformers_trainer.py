@@ -20,9 +20,9 @@ from ml_debugger.training import ClassificationTracer
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainingArguments
 
-from ml_debugger.integrations.transformers import TracedTrainer, TracerMixin  # noqa: E402
+from ml_debugger.integrations.transformers import TracedTrainer, TracerMixin
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -1,6 +1,7 @@
 """The tracer in frameworks that run the loop themselves, sample ids for any dataset, and ways onward.
 
-`lightning` and `transformers` here are modules of their own, which import the framework of that name.
+Modules of their own: `lightning` and `transformers`, which import the framework of that name, and
+`projector`.
 """
 
 from ml_debugger.integrations.sample_ids import CollateWithIds, WithIds

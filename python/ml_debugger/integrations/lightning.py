@@ -1,7 +1,7 @@
 """PyTorch Lightning: a callback that records the batches of every stage.
 
-The user's steps stay as they are. Around each step the callback opens `TorchTracer.recording`, which takes the
-forward that the step runs. Works with ``lightning.pytorch`` and ``pytorch_lightning``.
+The user's steps stay as they are. Around each step the callback opens `TorchTracer.recording`, which takes
+the forward that the step runs. Works with ``lightning.pytorch`` and ``pytorch_lightning``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _callback_class() -> Any:
     return require("pytorch_lightning", "lightning", "TracerCallback").Callback
 
 
-_Callback = _callback_class()
+_Callback: Any = _callback_class()
 
 
 class TracerCallback(_Callback):  # type: ignore[misc]
@@ -46,28 +46,28 @@ class TracerCallback(_Callback):  # type: ignore[misc]
     Each step must call the traced module exactly once, by ``self.net(images)``. Trace a module inside of the
     LightningModule rather than that itself: strategies such as DDP call the LightningModule for a step too.
 
-    The stages are recorded as ``dataset_type`` ``"train"``, ``"val"``, ``"test"`` and ``"predict"``; batches of a
-    second and further dataloader as ``"val_1"``, and so on. Batches of `fit` have the Trainer's
+    The stages are recorded as ``dataset_type`` ``"train"``, ``"val"``, ``"test"`` and ``"predict"``; batches
+    of a second and further dataloader as ``"val_1"``, and so on. Batches of `fit` have the Trainer's
     ``current_epoch``, after a resume too; those of `validate`, `test` and `predict` have no epoch. Predict
     batches are recorded without labels. The sanity check before a fit is not recorded.
 
-    A tracer is made when a stage begins, when strategy and ranks are set up, and closed when it ends or fails.
+    A tracer is made when a stage begins and strategy and ranks are set up; it is closed when the stage ends
+    or fails.
 
     Args:
         make_tracer: Is given the LightningModule and returns a new tracer of the module to watch. Called for
             each `fit`, `validate`, `test` or `predict`.
         ids: Where the sample ids stand in a batch: a key, a position, or a callable that is given the batch.
         labels: The labels, likewise; None records none.
-        fields: Additional fields of the tracer, ``{name: place}``. Label fields are left out where there are no
-            labels, as everywhere.
+        fields: Additional fields of the tracer, ``{name: place}``.
         sanity_check: Record the sanity check, as this ``dataset_type`` and without an epoch. Default None.
 
     Attributes:
         tracer: The newest tracer, closed between stages (when `stats` and `export` still work); None before.
 
     Raises:
-        InvalidInputError: By the Trainer: nothing stands at a place that was named; the module runs twice in a
-            step.
+        InvalidInputError: By the Trainer: nothing stands at a place that was named; the module runs twice in
+            a step.
         AliasNotCapturedError: By the Trainer: a step did not call the module.
         MlDebuggerError: By the Trainer: what else a call of the tracer raises.
     """

@@ -21,32 +21,32 @@ class WithIds(Dataset[Any]):
     """A dataset whose samples also carry their id; lengths, order and samplers are those of the dataset.
 
     A sample that is a mapping gets the key; to a tuple or list the id is appended, as a tuple; anything else
-    becomes ``(sample, id)``. The id is a property of the sample, not of its place in an epoch, so that it is the
-    same under shuffling, in every worker and in every run, as long as the dataset itself does not change:
+    becomes ``(sample, id)``. The id is a property of the sample, not of its place in an epoch: it is the same
+    under shuffling, in every worker and in every run, as long as the dataset itself does not change:
 
     - Of a map-style dataset it is the index, an int.
     - Of a `Subset` (which `random_split` makes too), nested in whatever way, it is the index in the dataset
       below. Wrapped before or after the split, a sample has the same id.
-    - Of a `ConcatDataset` of several datasets it is ``"<number of the dataset>/<id>"``, numbered from 0 in their
-      order; of several subsets of one dataset it is the index in that.
+    - Of a `ConcatDataset` of several datasets it is ``"<number of the dataset>/<id>"``, numbered from 0 in
+      their order; of several subsets of one dataset it is the index in that.
     - ``ids`` replaces the index by names that a dataset has, such as file names.
 
     An `IterableDataset` has no index; its ids come from the samples, by an ``ids`` that is called with each.
 
     Args:
         dataset: Map-style or iterable.
-        ids: Map-style: ids of the dataset, or with subsets of the one below, as a sequence of str or int; or a
-            callable from index to id. Iterable: a callable from sample to id.
+        ids: Map-style: ids of the dataset, or with subsets of the one below, as a sequence of str or int; or
+            a callable from index to id. Iterable: a callable from sample to id.
         key: The key in samples that are mappings. Default ``"input_id"``.
 
     Raises:
-        InvalidInputError: An iterable dataset without ``ids``; ids in a number other than that of the samples;
-            samples that have ids already.
+        InvalidInputError: An iterable dataset without ``ids``; ids in a number other than that of the
+            samples; samples that have ids already.
         InvalidTypeError: ``ids`` is neither a sequence nor a callable.
     """
 
     def __new__(cls, dataset: Any = None, *args: Any, **kwargs: Any) -> WithIds:
-        # Loaders tell the two kinds apart by their class. Unpickling calls this with no dataset.
+        """Loaders tell the two kinds apart by their class. Unpickling calls this with no dataset."""
         if cls is WithIds and isinstance(dataset, IterableDataset):
             cls = _IterableWithIds
         return super().__new__(cls)
@@ -126,8 +126,8 @@ class _IterableWithIds(WithIds, IterableDataset[Any]):
     def _check_ids(self) -> None:
         if not callable(self._ids):
             raise InvalidInputError(
-                f"an iterable dataset needs ids that are a callable, got {type(self._ids).__name__}: it has no "
-                "index that would name a sample in every run and worker",
+                f"an iterable dataset needs ids that are a callable, got {type(self._ids).__name__}: it has "
+                "no index that would name a sample in every run and worker",
                 "pass ids=lambda sample: ... that picks or makes an id of the sample's content",
             )
 
@@ -159,6 +159,7 @@ class CollateWithIds:
         self.key = key
 
     def __call__(self, samples: list[Any]) -> Any:
+        """The batch of some samples, with their ids."""
         ids, rest = [], []
         for sample in samples:
             identity, stripped = self._split(sample)
@@ -176,8 +177,8 @@ class CollateWithIds:
         if isinstance(sample, (tuple, list)) and len(sample) > 1:
             return sample[-1], sample[0] if len(sample) == 2 else sample[:-1]
         raise InvalidInputError(
-            f"a sample has no id: expected a mapping with the key {self.key!r} or a tuple that ends with one, "
-            f"got {type(sample).__name__}",
+            f"a sample has no id: expected a mapping with the key {self.key!r} or a tuple that ends with "
+            f"one, got a {type(sample).__name__}",
             "wrap the dataset in WithIds, with the same key",
         )
 

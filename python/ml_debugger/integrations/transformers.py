@@ -1,8 +1,8 @@
 """Hugging Face transformers: a mixin for `Trainer` that records the batches of training and evaluation.
 
-A `TrainerCallback` never sees a batch, so it cannot know which samples a step is given. Here the ids travel in
-the batch itself, beside what the collator makes, and are taken out before the model sees it. Around each step
-the mixin opens `TorchTracer.recording`, which takes the forward that the step runs.
+A `TrainerCallback` never sees a batch, so it cannot know which samples a step is given. Here the ids travel
+in the batch itself, beside what the collator makes, and are taken out before the model sees it. Around each
+step the mixin opens `TorchTracer.recording`, which takes the forward that the step runs.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class TracerMixin:
     does the model.
 
     Training batches are recorded as ``dataset_type`` ``"train"``, those of `evaluate` and `predict` under the
-    prefix of their metrics, with ``"val"`` for ``"eval"`` (so also ``"val_<name>"`` for one of several evaluation
-    sets). ``n_epoch`` counts from 0, after a resume too; an evaluation within `train` has the epoch that it
-    comes in or after, one outside of it has none.
+    prefix of their metrics, with ``"val"`` for ``"eval"`` (so also ``"val_<name>"`` for one of several
+    evaluation sets). ``n_epoch`` counts from 0, after a resume too; an evaluation within `train` has the
+    epoch that it comes in or after, one outside of it has none.
 
     Make the tracer on the very model that the Trainer is given, and close it after the training. With several
     GPUs start one process for each: `nn.DataParallel` runs copies of the model, which are not recorded.
