@@ -111,7 +111,7 @@ def test_a_repeated_header_that_cannot_be_read_is_named(
     put(writer, 1, 0)
     trace_dir = writer.write()
     monkeypatch.setattr("ml_debugger.store.repeats.msgpack.unpackb", lambda encoded: [0, {}, None, b"", 0])
-    with pytest.raises(CorruptDataError, match="a header of .* is damaged"):
+    with pytest.raises(CorruptDataError, match=r"a header of .* is damaged"):
         list(_repeats_of(trace_dir))
 
 
