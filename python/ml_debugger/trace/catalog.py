@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, NotFoundError
 from ml_debugger.store import layout
+from ml_debugger.trace.braid import braided
 from ml_debugger.trace.header import INLINE, Call, Gap, HeaderDecoder
 from ml_debugger.trace.newest import Mask
 from ml_debugger.trace.runs import CallRun, scan, scan_singly
@@ -260,8 +261,7 @@ class Snapshot:
                 for stream in chains[0]:
                     yield from stream.runs()
             else:  # several ranks: their calls take turns
-                merged = [_chained(chain) for chain in chains]
-                yield from heapq.merge(*merged, key=lambda call: (call.call, call.rank))
+                yield from braided([_chained_runs(chain) for chain in chains])
 
     @property
     def num_calls(self) -> int:
@@ -384,6 +384,11 @@ def _chains(streams: list[_Stream]) -> list[list[_Stream]]:
 def _chained(chain: list[_Stream]) -> Iterator[Call]:
     for stream in chain:
         yield from stream.calls()
+
+
+def _chained_runs(chain: list[_Stream]) -> Iterator[Call | CallRun]:
+    for stream in chain:
+        yield from stream.runs()
 
 
 def _keys(header: Call | CallRun) -> _Keys:
