@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ml_debugger import TracerConfig, open_trace
 from ml_debugger.errors import (
     AliasNotCapturedError,
+    DiskBudgetError,
     InvalidInputError,
     LayerNotFoundError,
     TracerClosedError,
@@ -231,13 +232,78 @@ def test_forwards_of_other_threads_are_not_recorded(data_dir: Path) -> None:
     assert np.array_equal(rows(data_dir)["hidden"], model[:2](inputs).detach().numpy())
 
 
-def test_a_call_of_the_tracer_inside_is_its_own(data_dir: Path) -> None:
+@pytest.mark.parametrize("layers", [{"hidden": "1"}, None], ids=["named", "head"])
+def test_a_call_of_the_tracer_inside_is_its_own(data_dir: Path, layers: Any) -> None:
+    model, inputs = make_model(), torch.randn(4, 5)
+    with ClassificationTracer(model, "m", "v", layers) as tracer:
+        with tracer.recording(LABELS, IDS, "block"):
+            tracer(inputs, None, ["x"] * 4, "before")
+            model(inputs)
+            tracer(inputs, None, ["x"] * 4, "after")
+    kinds = ["before"] * 4 + ["block"] * 4 + ["after"] * 4
+    assert rows(data_dir)["dataset_type"].tolist() == kinds
+
+
+def test_first_calls_of_two_threads_do_not_wait_for_each_other_for_ever(data_dir: Path) -> None:
+    model, inputs = make_model(), torch.randn(4, 5)
+    inside, called = threading.Event(), threading.Event()
+
+    def call(tracer: ClassificationTracer) -> None:
+        inside.wait(10)
+        tracer(inputs, None, ["x"] * 4, "call")
+        called.set()
+
+    with ClassificationTracer(model, "m", "v") as tracer:
+        thread = threading.Thread(target=call, args=(tracer,))
+        thread.start()
+        with tracer.recording(LABELS, IDS, "block"):
+            inside.set()
+            with pytest.raises(RuntimeError, match="mat1 and mat2"):
+                model(torch.randn(4, 7))
+            model(inputs)
+            assert called.wait(10)  # the search is over, the block is not
+        thread.join()
+        assert tracer.stats().rows_submitted == 8
+
+
+def test_a_storage_that_refuses_the_first_try_may_take_the_second(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make_model(), torch.randn(4, 5)
+    with make_tracer(model) as tracer, tracer.recording(LABELS, IDS):
+        with monkeypatch.context() as patch:
+            full = DiskBudgetError("full", "drop an epoch")
+            patch.setattr(tracer, "_recorder", _Refusing(tracer._recorder, full))
+            with pytest.raises(DiskBudgetError):
+                model(inputs)
+        model(inputs)
+    assert rows(data_dir)["hidden"].shape == (4, 6)
+
+
+class _Refusing:
+    """A recorder that takes no end of a call."""
+
+    def __init__(self, recorder: Any, error: Exception) -> None:
+        self._recorder, self._error = recorder, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._recorder, name)
+
+    def end_call(self, *_: Any) -> bool:
+        raise self._error
+
+
+def test_export_and_script_meet_the_hooks_as_those_of_layers(data_dir: Path) -> None:
     model, inputs = make_model(), torch.randn(4, 5)
     with make_tracer(model) as tracer:
-        with tracer.recording(LABELS, IDS, "block"):
-            tracer(inputs, None, ["x"] * 4, "call")
+        with tracer.recording(LABELS, IDS):
             model(inputs)
-    assert rows(data_dir)["dataset_type"].tolist() == ["call"] * 4 + ["block"] * 4
+        program = torch.export.export(model, (inputs,), strict=True)
+        assert torch.equal(program.module()(inputs), model(inputs))
+        assert not any("ml_debugger" in str(node.target) for node in program.graph.nodes)
+        with pytest.raises(InvalidInputError, match="cannot take in the hook of a tracer"):
+            torch.jit.script(model)
+        assert tracer.stats().rows_submitted == 4
 
 
 def test_copies_of_the_model_carry_hooks_that_do_nothing(data_dir: Path) -> None:

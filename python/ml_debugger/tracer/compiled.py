@@ -38,7 +38,7 @@ _numbers = itertools.count()
 # Weak: a hook lives as long as it is attached, and what a user's reduction refers to is collected as ever.
 _targets: weakref.WeakValueDictionary[int, _core.CaptureHook] = weakref.WeakValueDictionary()
 # Missing before torch 2.7; there an exported program keeps the operator.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class _NoNameError(InvalidInputError, AttributeError):
@@ -81,7 +81,7 @@ _library = _define_operator()
 
 def _traced_call(hook: _core.CaptureHook, module: Any, arguments: Any, *output: Any) -> None:
     """The compiler's reading of a `CaptureHook`; what depends on the call is left to the operator."""
-    if _is_exporting():
+    if is_exporting():
         return
     value = output[0] if output else arguments
     for key in hook.picks:
@@ -89,14 +89,15 @@ def _traced_call(hook: _core.CaptureHook, module: Any, arguments: Any, *output: 
     torch.ops.ml_debugger.capture(list(iterate_tensors(value)), hook.number)
 
 
-def _refuse_name(hook: _core.CaptureHook) -> str:
+def refuse_name(hook: Any) -> str:
+    """What torch.jit.script is told that asks a hook for its name."""
     raise _NoNameError(
         f"torch.jit.script cannot take in the hook of a tracer, which watches the layer {hook.alias!r}",
         "script the model before the tracer is made or after its close()",
     )
 
 
-_core.CaptureHook.extend({"__call__": _traced_call, "__name__": property(_refuse_name)})
+_core.CaptureHook.extend({"__call__": _traced_call, "__name__": property(refuse_name)})
 
 
 def connect(

@@ -40,10 +40,10 @@ class Recording:
         self._is_running = False
         self._is_saved = False
         self._search: HeadSearch | None = None
+        # While the head is searched for: other first calls wait until the search is over, and each forward that
+        # is tried is watched.
         self._block = contextlib.ExitStack()
-        # What is left when the forward ends: the watch, and after it the lock that keeps others waiting.
         self._watch = contextlib.ExitStack()
-        self._lock = contextlib.ExitStack()
 
     @property
     def is_saved(self) -> bool:
@@ -58,11 +58,22 @@ class Recording:
         arguments, self._arguments = self._arguments, ()
         self._call = self._tracer._begin_recording(*arguments)
         if self._call is not None:
-            if self._tracer._head_search is not None:
-                # Within a compiled forward it is too late to run that as it is written.
-                self._block.enter_context(compiled.run_eagerly())
+            self._prepare_search()
             self._state.recording = self
         return self
+
+    def _prepare_search(self) -> None:
+        tracer = self._tracer
+        if tracer._head_search is None:
+            return
+        try:
+            self._block.enter_context(tracer._head_lock)
+            if tracer._head_search is not None:
+                # Within a compiled forward it is too late to run that as it is written.
+                self._block.enter_context(compiled.run_eagerly())
+        except BaseException:
+            self._block.close()
+            raise
 
     def __exit__(
         self,
@@ -79,7 +90,7 @@ class Recording:
                 self._abandon()
         finally:
             self._block.close()
-        if exception_type is None and not self._is_saved:
+        if exception_type is None and not self._is_saved and not self._tracer._recorder.inert:
             self._tracer._require_open("the end of a recording()")
             raise AliasNotCapturedError(
                 "the model did not run inside of recording(), so no layer was captured",
@@ -92,31 +103,27 @@ class Recording:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called."""
         call = self._call
-        if call is None or _is_recomputing():
+        tracer = self._tracer
+        if call is None or _is_recomputing() or tracer._recorder.inert:
             return
-        if self._is_saved:
-            raise InvalidInputError("the model runs a second time inside of one recording()", _HINT)
         if self._is_running:  # it raised, and the caller tries again
             self._abandon()
         elif self._state.call is not None:  # the tracer itself was called inside of the block
             return
+        if self._is_saved:
+            raise InvalidInputError("the model runs a second time inside of one recording()", _HINT)
+        tracer._refuse_stream_capture()
         self._model_input = _as_model_input(args, kwargs)
         self._is_running = True
+        call.description = None
         try:
-            self._tracer._start(call)
-            self._watch_for_head((args, kwargs))
+            tracer._start(call)
+            self._search = tracer._head_search
+            if self._search is not None:
+                self._watch.enter_context(self._search.watching((args, kwargs)))
         except BaseException:
             self._abandon()
             raise
-
-    def _watch_for_head(self, given: Any) -> None:
-        tracer = self._tracer
-        if tracer._head_search is None:
-            return
-        self._lock.enter_context(tracer._head_lock)
-        self._search = tracer._head_search
-        if self._search is not None:
-            self._watch.enter_context(self._search.watching(given))
 
     def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The model has returned: the call is complete, whatever the rest of the block does."""
@@ -136,6 +143,7 @@ class Recording:
             raise
         self._leave()
         self._is_saved = True
+        self._block.close()
         if not is_accepted:
             tracer._warn_of_failure()
 
@@ -147,10 +155,7 @@ class Recording:
         self._is_running = False
         self._model_input = self._search = None
         self._tracer._leave()
-        try:
-            self._watch.close()
-        finally:
-            self._lock.close()
+        self._watch.close()
 
 
 class ModelHook:
@@ -160,11 +165,16 @@ class ModelHook:
     """
 
     def __init__(self, state: ThreadState, method: str) -> None:
+        self.alias = ""
         self._state = state
         self._method = method
 
+    __name__ = property(compiled.refuse_name)
+
     def __call__(self, module: torch.nn.Module, *given: Any) -> None:
         """Hook with keywords: the model, its arguments, and behind a forward the output."""
+        if compiled.is_exporting():
+            return
         if compiled.is_loaded():
             compiled.outside_of_graphs(ModelHook._tell, self, given)
         else:

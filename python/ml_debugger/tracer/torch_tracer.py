@@ -174,7 +174,7 @@ class TorchTracer:
         self._retention = None if keep is None else Retention(session, keep)
         self._hooks = HookSet(self._config, self._state)
         self._head_search = search
-        self._head_lock = threading.Lock()
+        self._head_lock = threading.RLock()  # a call may come inside of a recording() of its thread
         # A tracer that is dropped without close() loses nothing, and leaves no hooks behind.
         self._finalizer = weakref.finalize(self, _release, session, self._hooks)
         self._finalizer.atexit = False
@@ -263,13 +263,7 @@ class TorchTracer:
         self, ground_truth: Any, input_ids: Any, dataset_type: Any, n_epoch: Any, keywords: dict[str, Any]
     ) -> TracedCall:
         """Check everything that can be checked before the forward."""
-        # Untyped in some versions of torch and not in others.
-        is_initialized: Callable[[], bool] = torch.cuda.is_initialized
-        if is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise StreamCaptureError(
-                "the current CUDA stream is being captured into a graph",
-                "call the model itself while capturing, and the tracer outside of it",
-            )
+        self._refuse_stream_capture()
         self._state.captured = None
         ids = parse_ids(input_ids)
         rows = None if self._sample_filter is None else self._sample_filter.rows(id_texts(ids))
@@ -284,6 +278,15 @@ class TorchTracer:
                 call.labels = self._parse_labels(ground_truth, call.batch_size)
             call.own_values()
         return call
+
+    def _refuse_stream_capture(self) -> None:
+        # Untyped in some versions of torch and not in others.
+        is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+        if is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise StreamCaptureError(
+                "the current CUDA stream is being captured into a graph",
+                "call the model itself while capturing, and the tracer outside of it",
+            )
 
     def _record_first(self, call: TracedCall, model_input: Any) -> Any:
         """Record the call that shows which module is the head; other threads wait for it."""
