@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
-
-import lightning.pytorch as pl  # noqa: E402
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what it warns about while it is imported is not ours
+    pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
 from ml_debugger.integrations.lightning import TracerCallback  # noqa: E402
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections import UserDict
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from ml_debugger.errors import InvalidInputError
 from ml_debugger.integrations import WithIds
 from ml_debugger.training import ClassificationTracer
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("accelerate", reason="accelerate is not installed")
-
-from transformers import Trainer, TrainingArguments
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what they warn about while they are imported is not ours
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    Trainer, TrainingArguments = transformers.Trainer, transformers.TrainingArguments
 
 from ml_debugger.integrations.transformers import TracedTrainer, TracerMixin
 
@@ -61,7 +63,7 @@ class Samples(torch.utils.data.Dataset[Any]):
 DATA: Any = WithIds(Samples(), NAMES)
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
+def arguments(folder: Path, **options: Any) -> Any:
     fixed = {
         "output_dir": str(folder / "out"),
         "per_device_train_batch_size": 4,

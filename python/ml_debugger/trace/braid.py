@@ -62,12 +62,12 @@ class _Chain:
         """The calls up to a number, of a head that is a run; None without any."""
         head = self.head
         assert isinstance(head, CallRun)
-        wanted = head.keys <= np.uint64(last)
-        if wanted.all():
+        stop = int(np.searchsorted(head.keys, np.uint64(last), side="right"))
+        if stop == len(head.keys):
             self.head = next(self._calls, None)
             return head
-        self.head = head.select(~wanted)
-        return head.select(wanted)
+        self.head = _part(head, stop, len(head.keys))
+        return _part(head, 0, stop) if stop else None
 
     def take_before(self, call: int, rank: int) -> Call | CallRun:
         """The calls before one of another chain; at least one."""
@@ -79,6 +79,26 @@ class _Chain:
         taken = self.take_until(last)
         assert taken is not None
         return taken
+
+
+def _part(run: CallRun, start: int, stop: int) -> CallRun:
+    """Consecutive calls of a run, as views: a head may be cut into many."""
+    counts = run.counts[start:stop]
+    rows = int(counts.sum())
+    return CallRun(
+        run.rank,
+        run.attempt,
+        run.epoch,
+        run.sequence,
+        run.description,
+        run.keys[start:stop],
+        counts,
+        run.first_rows[start:stop],
+        run.lengths[start:stop],
+        run.chunk_bytes,  # of the whole: only an upper bound is needed of it
+        rows,
+        rows if run.ground_truth_rows else 0,
+    )
 
 
 def _last_together(heads: list[Call | CallRun]) -> int | None:

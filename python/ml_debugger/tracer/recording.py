@@ -40,8 +40,8 @@ class Recording:
         self._is_running = False
         self._is_saved = False
         self._search: HeadSearch | None = None
-        # While the head is searched for: other first calls wait until the search is over, and each forward that
-        # is tried is watched.
+        # While the head is searched for: other first calls wait until the search is over, and each forward
+        # that is tried is watched.
         self._block = contextlib.ExitStack()
         self._watch = contextlib.ExitStack()
 
