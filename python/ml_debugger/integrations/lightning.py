@@ -96,6 +96,7 @@ class TracerCallback(_Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """A stage has ended."""
+        self._abandon()
         if self.tracer is not None:
             self.tracer.close()
 
@@ -110,7 +111,7 @@ class TracerCallback(_Callback):  # type: ignore[misc]
             raise InvalidInputError(
                 "a batch came before setup() of this callback", "pass the callback to the Trainer"
             )
-        self._abandon()  # of a batch that another callback made the Trainer skip
+        self._abandon()
         labels = take(batch, self._labels, "labels") if labelled and self._labels is not None else None
         fields = {name: take(batch, place, f"field {name!r}") for name, place in self._fields.items()}
         recording = self.tracer.recording(
@@ -125,6 +126,7 @@ class TracerCallback(_Callback):  # type: ignore[misc]
             recording.__exit__(None if exception is None else type(exception), exception, None)
 
     def _abandon(self) -> None:
+        """Close the block of a batch that a hook made the Trainer skip: no other forward belongs to it."""
         self._end(GeneratorExit())
 
     # The Trainer's words for a batch
@@ -138,6 +140,10 @@ class TracerCallback(_Callback):  # type: ignore[misc]
     ) -> None:
         """It has ended, with its backward."""
         self._end()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """An epoch has ended, perhaps by a batch that was skipped."""
+        self._abandon()
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
