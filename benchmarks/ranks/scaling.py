@@ -37,7 +37,9 @@ def run_rank(data_dir: Path, rank: int, blocks: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     torch.manual_seed(rank)
-    model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, 10))
+    model = nn.Sequential(
+        nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     inputs, labels, ids = torch.randn(256, 256), torch.randint(10, (256,)), torch.arange(256)
     config = TracerConfig(data_dir=data_dir, durability="process", ring_bytes=32 << 20, data_rank=rank)
@@ -85,7 +87,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, "-m", "benchmarks.ranks.scaling", "--data-dir", str(Path(scratch) / "data")]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.ranks.scaling",
+                "--data-dir",
+                str(Path(scratch) / "data"),
+            ]
             command += ["--blocks", str(options.blocks), "--rank"]
             running = [
                 subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True)

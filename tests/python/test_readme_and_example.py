@@ -95,7 +95,7 @@ def test_python_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path) -> 
     assert len(lines) == 12
 
 
-@pytest.mark.parametrize("page", ["read.md", "export.md"])
+@pytest.mark.parametrize("page", ["record.md", "read.md", "export.md"])
 def test_python_blocks_of_the_pages_run_one_after_the_other(page: str, tmp_path: Path) -> None:
     for package in ("pyarrow", "pandas"):
         pytest.importorskip(package)

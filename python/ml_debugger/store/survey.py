@@ -1,12 +1,13 @@
 """What traces there are and how much they hold, by the counters of their segments: no rows are read.
 
+A call found in two segments counts once, as for readers.
+
 Needs neither numpy nor torch, so that the command line starts quickly.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, NotFoundError
 from ml_debugger.store import layout
 from ml_debugger.store.job_ranks import missing_ranks
+from ml_debugger.store.repeats import first_key, repeated
 from ml_debugger.store.status import is_writing, read_status
 
 _BLOCK_BYTES = 512  # the unit of st_blocks
@@ -39,6 +41,11 @@ class Totals:
         self.calls += other.calls
         self.discarded_rows += other.discarded_rows
         self.disk_bytes += other.disk_bytes
+
+    def subtract(self, counters: dict[str, int]) -> None:
+        """Take some off, by name."""
+        for name, value in counters.items():
+            setattr(self, name, getattr(self, name) - value)
 
 
 @dataclass
@@ -91,50 +98,61 @@ def survey_trace(trace_dir: Path) -> TraceSurvey:
     for rank, rank_dir in layout.rank_directories(trace_dir):
         found = RankSurvey(rank, is_writing(rank_dir), layout.attempts(rank_dir), read_status(rank_dir))
         survey.ranks.append(found)
-        for epoch, segment in _segments(rank_dir):
-            if not segment.usable:
-                survey.unusable.append(segment.path)
-                continue
-            totals = _totals(segment)
+        for partition in layout.partitions(rank_dir):
+            totals = _add_partition(partition, survey.unusable)
             for target in (found.totals, survey.totals):
                 target.add(totals)
             if totals.rows:
-                survey.epochs.setdefault(epoch, Totals()).add(totals)
+                survey.epochs.setdefault(partition.epoch, Totals()).add(totals)
     survey.epochs = dict(sorted(survey.epochs.items()))
     survey.missing_ranks = missing_ranks(trace_dir, [rank.rank for rank in survey.ranks])
     return survey
 
 
-def _segments(rank_dir: Path) -> Iterator[tuple[int, layout.SegmentEntry]]:
-    for partition in layout.partitions(rank_dir):
-        for segment in layout.segments(partition.path):
-            yield partition.epoch, segment
+def _add_partition(partition: layout.Partition, unusable: list[Path]) -> Totals:
+    """Counters of a partition; its segments that must not be opened go to ``unusable``."""
+    totals = Totals()
+    attempts: dict[int, list[tuple[layout.SegmentEntry, int]]] = {}
+    for segment in layout.segments(partition.path):
+        if not segment.usable:
+            unusable.append(segment.path)
+            continue
+        found, first = _look_into(segment)
+        totals.add(found)
+        if first is not None:
+            attempts.setdefault(segment.attempt, []).append((segment, first))
+    for segments in attempts.values():
+        for _, counters in repeated(segments):
+            totals.subtract(counters)
+    return totals
 
 
-def _totals(segment: layout.SegmentEntry) -> Totals:
+def _look_into(segment: layout.SegmentEntry) -> tuple[Totals, int | None]:
+    """Counters of a segment, and its first key if it is no slice and not empty."""
     name = layout.parse_slice_name(segment.path.name)
     if name is not None:  # brought by an upload: its name says what it holds
         try:
             size = os.stat(segment.path).st_size
         except FileNotFoundError:
-            return Totals()
-        return Totals(name.rows, name.ground_truth_rows, disk_bytes=size)
+            return Totals(), None
+        return Totals(name.rows, name.ground_truth_rows, disk_bytes=size), None
     try:
         blocks = os.stat(segment.path / layout.DATA_FILE).st_blocks
         handle = _core.Segment(str(segment.path), sealed=segment.sealed)
     except (FileNotFoundError, NotADirectoryError, NotFoundError):
-        return Totals()  # dropped meanwhile
+        return Totals(), None  # dropped meanwhile
     try:
-        meta = read_meta(handle, segment.path)
+        meta, first = read_meta(handle, segment.path), first_key(handle)
     finally:
         handle.close()
-    return Totals(
+    totals = Totals(
         meta.get("rows", 0),
         meta.get("ground_truth_rows", 0),
         meta.get("calls", 0),
         meta.get("discarded_rows", 0),
         blocks * _BLOCK_BYTES,
     )
+    return totals, first
 
 
 def read_meta(handle: _core.Segment, path: Path) -> dict[str, int]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, NotFoundError
 from ml_debugger.store import layout
+from ml_debugger.trace.braid import braided
 from ml_debugger.trace.header import INLINE, Call, Gap, HeaderDecoder
 from ml_debugger.trace.newest import Mask
 from ml_debugger.trace.runs import CallRun, scan, scan_singly
@@ -32,6 +33,7 @@ _HEADERS_A_STEP = 256
 # Of all ranks together that take turns: what is read ahead does not grow with their number.
 _HEADERS_AHEAD = 4096
 _FEWEST_HEADERS_A_STEP = 4
+_MOST_BRAIDED = 64  # ranks; each holds a run ahead
 _TRIES = 5
 
 _Result = TypeVar("_Result")
@@ -274,7 +276,8 @@ class Snapshot:
                 for stream in chains[0]:
                     yield from stream.runs()
             else:  # several ranks: their calls take turns
-                yield from _in_turn(chains)
+                braid = len(chains) <= _MOST_BRAIDED
+                yield from braided([_chained_runs(chain) for chain in chains]) if braid else _in_turn(chains)
 
     @property
     def num_calls(self) -> int:
@@ -404,6 +407,11 @@ def _in_turn(chains: list[list[_Stream]]) -> Iterator[Call]:
 def _chained(chain: list[_Stream], headers_a_step: int) -> Iterator[Call]:
     for stream in chain:
         yield from stream.calls(headers_a_step)
+
+
+def _chained_runs(chain: list[_Stream]) -> Iterator[Call | CallRun]:
+    for stream in chain:
+        yield from stream.runs()
 
 
 def _keys(header: Call | CallRun) -> _Keys:

@@ -12,6 +12,7 @@ import msgpack
 import numpy as np
 
 from ml_debugger.errors import CorruptDataError
+from ml_debugger.trace.braid import BraidedRun, interleave
 from ml_debugger.trace.catalog import SegmentLookup, SegmentRef
 from ml_debugger.trace.dtypes import Array, RecordedDtype, recorded_dtype, widen
 from ml_debugger.trace.header import INLINE, Call, ColumnDescription, Piece
@@ -84,9 +85,17 @@ class PieceReader:
         self._segments = segments
         self._wanted: dict[SegmentRef, list[tuple[Array, list[tuple[int, int, int, int]]]]] = {}
         self._runs: dict[SegmentRef, dict[int, tuple[CallRun, list[tuple[int, Array]]]]] = {}
+        self._strands: list[tuple[Array, Array, Array, Array]] = []
 
     def add(self, call: Call | CallRun, capture: int, out: Array, offset: int = 0) -> None:
         """Ask for a capture at ``offset`` of ``out``, which is uint8, contiguous, and filled by `run`."""
+        if isinstance(call, BraidedRun):
+            target = out[offset : offset + call.capture_bytes(capture)]
+            for run, positions in call.strands if target.size else ():
+                strand = np.empty(run.capture_bytes(capture), np.uint8)
+                self.add(run, capture, strand)
+                self._strands.append((target, call.lengths[:, capture], positions, strand))
+            return
         if isinstance(call, CallRun):
             runs = self._runs.setdefault(self._segments.segment(call, call.sequence), {})
             _, targets = runs.setdefault(id(call), (call, []))
@@ -123,8 +132,11 @@ class PieceReader:
                     segment.gather(
                         run.keys.data, [(capture, out.data) for capture, out in targets if out.size]
                     )
+        for strand in self._strands:
+            interleave(*strand)
         self._wanted.clear()
         self._runs.clear()
+        self._strands.clear()
 
 
 def column_bytes(call: Call | CallRun, schema: ColumnSchema) -> int:
@@ -384,8 +396,11 @@ def _described(call: Call | CallRun, schema: ColumnSchema) -> ColumnDescription:
 
 
 def _damaged(call: Call | CallRun, column: ColumnDescription, problem: str) -> CorruptDataError:
+    where = f"rank {call.rank}"
+    if isinstance(call, BraidedRun):
+        where = "ranks " + ", ".join(str(run.rank) for run, _ in call.strands)
     return CorruptDataError(
-        f"column {column.name!r} of call {call.call} (rank {call.rank}, attempt {call.attempt}) is damaged: "
+        f"column {column.name!r} of call {call.call} ({where}, attempt {call.attempt}) is damaged: "
         + problem,
         _DAMAGED,
     )

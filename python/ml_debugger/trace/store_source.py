@@ -11,6 +11,7 @@ import numpy as np
 
 from ml_debugger.store import layout
 from ml_debugger.trace.arguments import RowFilter
+from ml_debugger.trace.braid import BraidedRun
 from ml_debugger.trace.catalog import Snapshot, list_epochs, retry_vanished
 from ml_debugger.trace.columns import KeptCall, column_bytes, read_columns
 from ml_debugger.trace.dtypes import FIELD_DTYPES, Array
@@ -226,7 +227,11 @@ class StoreSelection:
 
 def _existence(snapshot: Snapshot, block: list[KeptCall]) -> Callable[[], None]:
     one_a_segment = {
-        (kept.call.rank, kept.call.epoch, kept.call.attempt, kept.call.sequence): kept.call for kept in block
+        (call.rank, call.epoch, call.attempt, call.sequence): call
+        for kept in block
+        for call in (
+            [run for run, _ in kept.call.strands] if isinstance(kept.call, BraidedRun) else [kept.call]
+        )
     }
 
     def check() -> None:

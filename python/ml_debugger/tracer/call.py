@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from ml_debugger.tracer.description import CapturedColumn
 from ml_debugger.tracer.fields import Field, FieldValue
 from ml_debugger.tracer.inputs import Ids
 from ml_debugger.tracer.outputs import CallState
+
+if TYPE_CHECKING:
+    from ml_debugger.tracer.recording import Recording
 
 _PARAMETERS = ("model_input", "ground_truth", "input_ids", "dataset_type", "n_epoch")
 # What the call's parameters are called elsewhere, where the spelling does not tell.
@@ -24,9 +27,10 @@ _SYNONYMS = {
 
 
 class ThreadState(CallState):
-    """The calling thread's current call and what its last one captured."""
+    """The calling thread's current call and what its last one captured; the block of `recording` it is in."""
 
     call: TracedCall | None = None
+    recording: Recording | None = None
     captured: dict[str, CapturedColumn] | None = None
 
 

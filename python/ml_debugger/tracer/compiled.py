@@ -37,8 +37,6 @@ _COMPILER = "torch._dynamo"
 _numbers = itertools.count()
 # Weak: a hook lives as long as it is attached, and what a user's reduction refers to is collected as ever.
 _targets: weakref.WeakValueDictionary[int, _core.CaptureHook] = weakref.WeakValueDictionary()
-# Before torch 2.7 there is none, and an exported program keeps the operator. The public
-# `torch.compiler.is_exporting()` is true for the compiler wherever it compiles, up to torch 2.9.
 _HAS_EXPORT_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
@@ -80,9 +78,17 @@ _library = _define_operator()
 # The hook, as the compiler and torch.jit.script see it.
 
 
+def is_exporting() -> bool:
+    """Whether the compiler makes an exported program. Before torch 2.7 it cannot tell, and keeps our operator.
+
+    The public `torch.compiler.is_exporting` is true for the compiler wherever it compiles, up to torch 2.9.
+    """
+    return _HAS_EXPORT_FLAG and torch.compiler._is_exporting_flag
+
+
 def _traced_call(hook: _core.CaptureHook, module: Any, arguments: Any, *output: Any) -> None:
     """The compiler's reading of a `CaptureHook`; what depends on the call is left to the operator."""
-    if _HAS_EXPORT_FLAG and torch.compiler._is_exporting_flag:
+    if is_exporting():
         return
     value = output[0] if output else arguments
     for key in hook.picks:
@@ -90,14 +96,15 @@ def _traced_call(hook: _core.CaptureHook, module: Any, arguments: Any, *output: 
     torch.ops.ml_debugger.capture.default(list(iterate_tensors(value)), hook.number)
 
 
-def _refuse_name(hook: _core.CaptureHook) -> str:
+def refuse_name(hook: Any) -> str:
+    """What torch.jit.script is told that asks a hook for its name."""
     raise _NoNameError(
         f"torch.jit.script cannot take in the hook of a tracer, which watches the layer {hook.alias!r}",
         "script the model before the tracer is made or after its close()",
     )
 
 
-_core.CaptureHook.extend({"__call__": _traced_call, "__name__": property(_refuse_name)})
+_core.CaptureHook.extend({"__call__": _traced_call, "__name__": property(refuse_name)})
 
 
 def connect(

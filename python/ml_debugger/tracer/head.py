@@ -86,8 +86,11 @@ class HeadSearch:
         self._forget()
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, given: tuple[Any, Any] | None = None) -> Iterator[None]:
         """Watch the forward that runs inside, in this thread; hooks are gone afterwards.
+
+        ``given``: the model runs already and was given these (args, kwargs); the caller then says by
+        `end_run` what it returned.
 
         A compiled model runs as it is written, for this once: compiled code calls no function that we see.
         """
@@ -97,7 +100,9 @@ class HeadSearch:
         try:
             with contextlib.ExitStack() as watches:
                 for path, module in self._modules:
-                    if isinstance(module, _FUSED):
+                    if given is not None and module is self._model:
+                        self.begin_run(path, module, *given)
+                    elif isinstance(module, _FUSED):
                         watches.enter_context(self._around_forward(path, module))
                     else:
                         self._hook(path, module, watches)

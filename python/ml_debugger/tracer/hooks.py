@@ -10,9 +10,11 @@ from torch.utils.hooks import RemovableHandle
 from ml_debugger import _core
 from ml_debugger.config import TracerConfig
 from ml_debugger.tracer import compiled
+from ml_debugger.tracer.call import ThreadState
 from ml_debugger.tracer.head import Head
 from ml_debugger.tracer.layers import Layer
 from ml_debugger.tracer.outputs import CallState, OutputPicker
+from ml_debugger.tracer.recording import ModelHook
 
 
 class HookSet:
@@ -23,6 +25,7 @@ class HookSet:
         self._state = state
         self._handles: list[RemovableHandle] = []
         self._removed = False
+        self._watches_model = False
         self._knows_compiler = False
 
     def attach(self, recorder: _core.Recorder, layers: list[Layer]) -> None:
@@ -48,6 +51,19 @@ class HookSet:
             return
         compiled.connect(hook, alias, (), hook)
         self._handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=head.by_keyword))
+
+    def attach_model(self, model: torch.nn.Module, state: ThreadState) -> None:
+        """Tell a `Recording` of the calling thread where the model begins and ends. Idempotent.
+
+        Stays until `remove`: code that is compiled sees the same hooks in every call.
+        """
+        if self._watches_model or self._removed:
+            return
+        self._watches_model = True
+        # The first to see the input, before a layer's hook, and behind those that are there the last.
+        before, after = ModelHook(state, "begin"), ModelHook(state, "end")
+        self._handles.append(model.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(after, with_kwargs=True))
 
     def tell_compiler(self) -> None:
         """See to it that compiled code which the calling thread runs from now on knows the hooks.

@@ -44,6 +44,7 @@ from ml_debugger.tracer.inputs import (
 from ml_debugger.tracer.layers import Layer, resolve_layers
 from ml_debugger.tracer.names import check_column_name, check_column_names
 from ml_debugger.tracer.outputs import find_logits, iterate_tensors
+from ml_debugger.tracer.recording import Recording
 from ml_debugger.tracer.retention import Retention
 from ml_debugger.tracer.rows import RowWriter, tensor_from_bytes
 from ml_debugger.tracer.sampling import SampleFilter
@@ -173,7 +174,7 @@ class TorchTracer:
         self._retention = None if keep is None else Retention(session, keep)
         self._hooks = HookSet(self._config, self._state)
         self._head_search = search
-        self._head_lock = threading.Lock()
+        self._head_lock = threading.RLock()  # a call may come inside of a recording() of its thread
         # A tracer that is dropped without close() loses nothing, and leaves no hooks behind.
         self._finalizer = weakref.finalize(self, _release, session, self._hooks)
         self._finalizer.atexit = False
@@ -262,13 +263,7 @@ class TorchTracer:
         self, ground_truth: Any, input_ids: Any, dataset_type: Any, n_epoch: Any, keywords: dict[str, Any]
     ) -> TracedCall:
         """Check everything that can be checked before the forward."""
-        # Untyped in some versions of torch and not in others.
-        is_initialized: Callable[[], bool] = torch.cuda.is_initialized
-        if is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise StreamCaptureError(
-                "the current CUDA stream is being captured into a graph",
-                "call the model itself while capturing, and the tracer outside of it",
-            )
+        self._refuse_stream_capture()
         self._state.captured = None
         ids = parse_ids(input_ids)
         rows = None if self._sample_filter is None else self._sample_filter.rows(id_texts(ids))
@@ -284,6 +279,15 @@ class TorchTracer:
             call.own_values()
         return call
 
+    def _refuse_stream_capture(self) -> None:
+        # Untyped in some versions of torch and not in others.
+        is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+        if is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise StreamCaptureError(
+                "the current CUDA stream is being captured into a graph",
+                "call the model itself while capturing, and the tracer outside of it",
+            )
+
     def _record_first(self, call: TracedCall, model_input: Any) -> Any:
         """Record the call that shows which module is the head; other threads wait for it."""
         with self._head_lock:
@@ -295,52 +299,69 @@ class TorchTracer:
         return self._record(call, model_input, None)
 
     def _record(self, call: TracedCall, model_input: Any, search: HeadSearch | None) -> Any:
+        try:
+            self._start(call)
+            if search is None:
+                output = self._forward(model_input)
+            else:
+                with search.watching():
+                    output = self._forward(model_input)
+                self._find_head(search, output, call)
+            is_accepted = self._save(call, model_input, output)
+        except BaseException as error:
+            self._abort()
+            self._raise_if_closed(error)
+            raise
+        finally:
+            self._leave()
+        if not is_accepted:
+            self._warn_of_failure()
+        return output
+
+    def _start(self, call: TracedCall) -> None:
+        """Make ``call`` what this thread's hooks record."""
         state, recorder = self._state, self._recorder
         if self._retention is not None:
             self._retention.keep(call.epoch)
         if state.call is not None:
             recorder.abort_call()  # its end was cut short by a signal, or it is the outer one of two
-        try:
-            # First the mark, then the call, and the reverse at the end: a signal in between is seen by the
-            # next call.
-            state.call, state.batch_size, state.rows = call, call.batch_size, call.rows
-            recorder.begin_call(call.epoch, call.batch_size)
-            self._hooks.tell_compiler()
-            if search is None:
-                output = self._forward(model_input)
-            else:
-                output = self._forward_and_find_head(search, model_input, call)
-            self._parse_and_save_io_data(
-                model_input,
-                output,
-                call.ground_truth,
-                input_ids=call.input_ids,
-                dataset_type=call.dataset_type,
-                n_epoch=None if call.epoch < 0 else call.epoch,
-                **call.keywords,
-            )
-            if call.description is None:  # a subclass chose not to save
-                recorder.abort_call()
-                state.captured = None
-                return output
-            accepted = recorder.end_call(call.description, call.stored_rows, call.ground_truth_rows)
-        except BaseException as error:
-            recorder.abort_call()
-            state.captured = None
-            if self._closed and isinstance(
-                error, AliasNotCapturedError
-            ):  # another thread took the hooks away
-                raise self._closed_error("the end of a call") from None
-            raise
-        finally:
-            state.call, state.batch_size, state.rows = None, 0, None
-        if not accepted:
-            self._warn_of_failure()
-        return output
+        # First the mark, then the call, and the reverse at the end: a signal in between is seen by the next
+        # call.
+        state.call, state.batch_size, state.rows = call, call.batch_size, call.rows
+        recorder.begin_call(call.epoch, call.batch_size)
+        self._hooks.tell_compiler()
 
-    def _forward_and_find_head(self, search: HeadSearch, model_input: Any, call: TracedCall) -> Any:
-        with search.watching():
-            output = self._forward(model_input)
+    def _save(self, call: TracedCall, model_input: Any, output: Any) -> bool:
+        """Parse and save what the forward gave, and hand the call over; False if the storage has failed."""
+        self._parse_and_save_io_data(
+            model_input,
+            output,
+            call.ground_truth,
+            input_ids=call.input_ids,
+            dataset_type=call.dataset_type,
+            n_epoch=None if call.epoch < 0 else call.epoch,
+            **call.keywords,
+        )
+        if call.description is None:  # a subclass chose not to save
+            self._abort()
+            return True
+        return self._recorder.end_call(call.description, call.stored_rows, call.ground_truth_rows)
+
+    def _abort(self) -> None:
+        self._recorder.abort_call()
+        self._state.captured = None
+
+    def _leave(self) -> None:
+        state = self._state
+        state.call, state.batch_size, state.rows = None, 0, None
+
+    def _raise_if_closed(self, error: BaseException) -> None:
+        """Raise what a missing layer means when another thread took the hooks away."""
+        if self._closed and isinstance(error, AliasNotCapturedError):
+            raise self._closed_error("the end of a call") from None
+
+    def _find_head(self, search: HeadSearch, output: Any, call: TracedCall) -> None:
+        """Capture the input of the head in the forward that ``search`` watched, and hook it."""
         logits = find_logits(output, call.batch_size, self._logits_dim)
         if logits is None:
             logits = next(iterate_tensors(output), None)
@@ -352,12 +373,78 @@ class TorchTracer:
         for given in inputs:
             self._recorder.capture(0, picker(given))
         self._adopt_head(head)
-        return output
 
     def _adopt_head(self, head: Head) -> None:
         head.inputs.clear()
         self._hooks.attach_head(self._recorder, 0, HEAD_ALIAS, head)
         self._head_search = None
+
+    # The forward of somebody else
+
+    def recording(
+        self,
+        ground_truth: Any,
+        input_ids: Any,
+        dataset_type: str = "train",
+        n_epoch: int | None = None,
+        **kwargs: Any,
+    ) -> Recording:
+        """Record the forward that the caller's own code runs inside of a ``with`` block.
+
+        For code that calls the model itself, such as the training step of a framework::
+
+            with tracer.recording(labels, ids, "train", epoch):
+                loss = step(batch)  # somewhere in there: model(images)
+
+        The model must run once in the block, by ``model(...)`` and in this thread. The call is complete when
+        the model has returned, as with `__call__`: what the block does afterwards, such as the backward, may
+        fail and changes nothing. When the forward or an earlier part of the block raises, nothing is stored.
+        A forward that raised may be tried again in the block.
+
+        Blocks, waits and checks as `__call__`. The input is checked when the block is entered; what is found
+        wrong at the end of the forward is raised by the model's call.
+
+        Args:
+            ground_truth: See `__call__`, like all arguments.
+            input_ids: One id for each sample that the forward is given.
+            dataset_type: See `__call__`.
+            n_epoch: See `__call__`.
+            **kwargs: Values of the additional fields.
+
+        Returns:
+            A context manager for one use. A subclass's `_parse_and_save_io_data` gets as ``model_input`` what
+            the model was called with: one argument as it is, several as a tuple, keywords as a dict, and both
+            as a tuple with that dict at its end.
+
+        Raises:
+            AliasNotCapturedError: At the end of the block: the model did not run in it. Or as `__call__`.
+            InvalidInputError: The model runs a second time in the block, or the block is inside of another
+                one. Or as `__call__`.
+            MlDebuggerError: What else `__call__` raises.
+        """
+        return Recording(self, (ground_truth, input_ids, dataset_type, n_epoch, kwargs))
+
+    def _begin_recording(
+        self,
+        ground_truth: Any,
+        input_ids: Any,
+        dataset_type: str,
+        n_epoch: int | None,
+        kwargs: dict[str, Any],
+    ) -> TracedCall | None:
+        """The checked call of a block; None if the block records nothing."""
+        if self._closed:
+            raise self._closed_error("recording()")
+        if self._session is None or self._recorder.inert or not self._is_recorded():
+            self._state.captured = None
+            return None
+        call = self._begin(ground_truth, input_ids, dataset_type, n_epoch, kwargs)
+        if call.stored_rows == 0:
+            return None
+        with self._head_lock:
+            self._hooks.attach_model(self._model, self._state)
+        self._hooks.tell_compiler()
+        return call
 
     # Parsing and saving
 
