@@ -91,10 +91,64 @@ def test_a_key_is_needed_for_everything_but_the_health(url: str) -> None:
             )
 
 
-def test_a_browser_shows_the_key_as_a_password(url: str) -> None:
+def test_a_key_may_come_as_a_password_of_any_user(url: str) -> None:
     answer = httpx.get(url)
     assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic ")
     assert httpx.get(url, auth=("anybody", KEY)).status_code == 200
+
+
+HTML = {"Accept": "text/html,*/*;q=0.8"}
+
+
+def test_a_browser_is_asked_for_the_key_and_gets_a_cookie_that_opens_pages_only(url: str) -> None:
+    with httpx.Client(base_url=url, headers=HTML) as person:
+        asked = person.get("/")
+        assert asked.status_code == 401 and 'type="password"' in asked.text
+        assert asked.headers["www-authenticate"] == "Bearer", "a browser has no window of its own for this"
+        wrong = person.post("/sign-in", data={"key": "no"})
+        assert wrong.status_code == 401 and "not a key" in wrong.text and not person.cookies
+        taken = person.post("/sign-in", data={"key": f" {KEY} "})
+        assert (taken.status_code, taken.headers["location"]) == (303, ".")
+        cookie = taken.headers["set-cookie"].lower()
+        assert "httponly" in cookie and "samesite=strict" in cookie and "secure" not in cookie
+        assert KEY.lower() not in cookie and "path=" not in cookie
+        shown = person.get("/")
+        assert shown.status_code == 200 and "Sign out" in shown.text and KEY not in shown.text
+        assert person.get("/export/a-000000000000/b-000000000000.zip").status_code == 404
+        for method, path in (
+            ("GET", "/list/a/b"),
+            ("PUT", "/data/x"),
+            ("POST", "/files/"),
+            ("GET", "/data/x"),
+        ):
+            assert person.request(method, path).status_code == 401, "a cookie is no key for programs"
+        ((name, token),) = person.cookies.items()
+        person.post("/sign-out")
+        assert person.get("/").status_code == 401
+        kept = httpx.get(url, headers={**HTML, "Cookie": f"{name}={token}"})
+        assert kept.status_code == 401, "the session is over, not only the cookie"
+    forwarded = httpx.post(f"{url}/sign-in", data={"key": KEY}, headers={"X-Forwarded-Proto": "https"})
+    assert "secure" in forwarded.headers["set-cookie"].lower()
+
+
+def test_another_site_signs_nobody_in_and_a_form_has_an_end(url: str) -> None:
+    crossed = httpx.post(f"{url}/sign-in", data={"key": KEY}, headers={"Sec-Fetch-Site": "cross-site"})
+    assert crossed.status_code == 403 and "set-cookie" not in crossed.headers
+    assert httpx.post(f"{url}/sign-in", content=b"key=" + b"x" * (1 << 20)).status_code == 413
+
+
+def test_sessions_end_by_time_and_the_oldest_when_there_are_too_many() -> None:
+    from ml_debugger.collector.door import SESSION_S, Sessions
+
+    now = [0.0]
+    sessions = Sessions(clock=lambda: now[0])
+    (entry,) = KeyRing(["a"]).entries
+    first = sessions.begin(entry)
+    assert sessions.find(first) is entry and sessions.find("") is None
+    others = [sessions.begin(entry) for _ in range(1000)]
+    assert sessions.find(first) is None and all(sessions.find(token) for token in others)
+    now[0] = SESSION_S + 1
+    assert sessions.find(others[-1]) is None
 
 
 def test_keys_may_be_plain_or_hashed_and_are_kept_hashed(storage: Path, tmp_path: Path) -> None:
@@ -160,8 +214,11 @@ def test_what_arrives_is_the_trace_and_the_export_of_it(
     assert_same_trace(data_dir, storage, "<b>&'\"\n模型")
     page = httpx.get(url, auth=("", KEY)).text
     assert "<b>" not in page and "&lt;b&gt;&amp;" in page and "模型" in page
-    rows = open_trace("<b>&'\"\n模型", "v1", data_dir).num_rows("extracted_feature")
-    assert f"<td class=n>{rows}</td>" in page and "<td>none, 0, 1</td>" in page and " UTC</td>" in page
+    trace = open_trace("<b>&'\"\n模型", "v1", data_dir)
+    rows, labelled = (trace.num_rows(table) for table in ("extracted_feature", "ground_truth"))
+    cells = dict(re.findall(r'<td data-name="([^"]+)"[^>]*><div>(.*?)</div></td>', page))
+    assert (cells["rows"], cells["labelled"], cells["epochs"]) == (str(rows), str(labelled), "none, 0, 1")
+    assert rows > labelled > 0 and " UTC</span></time>" in cells["last sync"]
     link = re.search('href="([^"]+)"', page)[1]  # type: ignore[index]
     answer = httpx.get(f"{url}/{link}", auth=("", KEY))
     assert answer.status_code == 200 and "attachment" in answer.headers["content-disposition"]

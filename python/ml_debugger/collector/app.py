@@ -25,8 +25,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from ml_debugger.collector.door import Door, asks_for_key
 from ml_debugger.collector.keys import KeyEntry, KeyRing
 from ml_debugger.collector.overview import Overview
+from ml_debugger.collector.page import POLICY
 from ml_debugger.collector.storage import (
     ChecksumError,
     Storage,
@@ -36,7 +38,6 @@ from ml_debugger.collector.storage import (
     slice_of,
 )
 from ml_debugger.errors import MlDebuggerError, NotFoundError
-from ml_debugger.uploading.endpoint import is_loopback
 
 logger = logging.getLogger("ml_debugger.collector")
 
@@ -49,12 +50,12 @@ _WRITE_BYTES = 1 << 20
 _SWEEP_INTERVAL_S = 3600.0
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_NOBODY = KeyEntry(b"")
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Request, KeyEntry], Awaitable[Response]]
 
 
@@ -68,7 +69,7 @@ class Collector:
 
     def __init__(self, storage: Storage, keys: KeyRing) -> None:
         self._storage = storage
-        self._keys = keys
+        self._door = Door(keys)
         self._overview = Overview(storage)
         # The task that works on an upload: a client that lost its connection comes again before we notice.
         self._tasks: dict[str, asyncio.Task[Any]] = {}
@@ -79,8 +80,10 @@ class Collector:
         """The ASGI application."""
         routes = [
             Route("/healthz", self._healthz, methods=["GET"]),
-            Route("/", self._guarded(self._page), methods=["GET"]),
-            Route("/export/{trace:path}.zip", self._guarded(self._export), methods=["GET"]),
+            Route("/", self._answered(self._front), methods=["GET"]),
+            Route("/sign-in", self._answered(self._door.sign_in), methods=["POST"]),
+            Route("/sign-out", self._answered(self._door.sign_out), methods=["POST"]),
+            Route("/export/{trace:path}.zip", self._guarded(self._export, is_page=True), methods=["GET"]),
             Route("/list/{trace:path}", self._guarded(self._list), methods=["GET"]),
             Route("/data/{path:path}", self._guarded(self._read), methods=["GET"]),
             Route("/data/{path:path}", self._guarded(self._write), methods=["PUT"]),
@@ -106,10 +109,20 @@ class Collector:
 
     # Who may come in
 
-    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    def _guarded(self, handler: Handler, *, is_page: bool = False) -> Endpoint:
+        """A handler that only who has a key gets to; ``is_page``: or who has signed in."""
+
         async def guarded(request: Request) -> Response:
+            return await handler(request, self._door.key_of(request, takes_cookie=is_page))
+
+        return self._answered(guarded)
+
+    def _answered(self, handler: Endpoint) -> Endpoint:
+        async def answered(request: Request) -> Response:
             try:
-                response = await handler(request, self._key_of(request))
+                response = await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody is there to read it
             except MlDebuggerError as error:
                 logger.error("%s %s: %s", request.method, request.url.path, error)
                 raise _status_of(error) from None
@@ -120,41 +133,23 @@ class Collector:
             response.headers.setdefault("Tus-Resumable", TUS_VERSION)
             return response
 
-        return guarded
-
-    def _key_of(self, request: Request) -> KeyEntry:
-        if not self._keys:
-            # A page of another site can reach this machine's ports, but not under a name of this machine.
-            if not is_loopback(request.url.hostname or ""):
-                raise HTTPException(421, "without keys, this collector answers to names of this machine only")
-            return _NOBODY
-        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-        key = credentials.strip()
-        if scheme.lower() == "basic":  # what a browser asks for; any user, the key as password
-            try:
-                key = (
-                    base64.b64decode(key, validate=True).decode("utf-8", "surrogateescape").partition(":")[2]
-                )
-            except (binascii.Error, ValueError):
-                key = ""
-        elif scheme.lower() != "bearer":
-            key = ""
-        entry = self._keys.find(key)
-        if entry is None:
-            raise HTTPException(
-                401,
-                "the key is missing or wrong",
-                {"WWW-Authenticate": 'Basic realm="ml-debugger", charset="UTF-8"'},
-            )
-        return entry
+        return answered
 
     # Everything but uploads
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def _page(self, request: Request, key: KeyEntry) -> Response:
-        return HTMLResponse(await run_in_threadpool(self._overview.page))
+    async def _front(self, request: Request) -> Response:
+        """The page; who shows no key in a browser is asked for one."""
+        try:
+            self._door.key_of(request, takes_cookie=True)
+        except HTTPException as error:
+            if error.status_code == 401 and "text/html" in request.headers.get("accept", ""):
+                return asks_for_key()
+            raise
+        can_sign_out = self._door.has_session(request)
+        return HTMLResponse(await run_in_threadpool(self._overview.page, can_sign_out=can_sign_out))
 
     async def _export(self, request: Request, key: KeyEntry) -> Response:
         trace = request.path_params["trace"]
