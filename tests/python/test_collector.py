@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import hashlib
 import http.client
 import os
 import re
+import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ml_debugger import load_export, open_trace
-from ml_debugger.errors import AuthenticationError, InvalidInputError, UploadError
+from ml_debugger.errors import AuthenticationError, InvalidInputError, StorageError, UploadError
 from ml_debugger.uploading import upload_trace
 from ml_debugger.uploading.transports.collector import CollectorTransport
 from upload_support import KEY, QUICK, CountedItem, assert_same_trace, collector, item, write_trace
@@ -29,7 +33,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from ml_debugger.collector import KeyRing, hashed_key, new_key, serve  # noqa: E402
+from ml_debugger.collector import KeyRing, add_key, hashed_key, new_key, serve  # noqa: E402
 
 DATA = b"a slice " * 40
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -170,6 +174,62 @@ def test_a_malformed_line_of_keys_is_refused_and_not_shown(line: str) -> None:
     assert line not in str(caught.value) and "2" in str(caught.value)
 
 
+def test_a_new_key_is_kept_as_its_hash_in_a_file_of_the_owners_own(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    first = add_key(path, quota="20GB", note="the cluster\nof anna")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with open(path, "a") as file:
+        file.write("plain 5MB")  # as an editor may leave it, without an end of line
+    path.chmod(0o640)
+    second = add_key(path)
+    assert path.read_text() == (
+        f"# the cluster of anna\n{hashed_key(first)} 20GB\nplain 5MB\n{hashed_key(second)}\n"
+    )
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640 and [p.name for p in tmp_path.iterdir()] == ["keys"]
+    ring = KeyRing([], path)
+    quotas = [getattr(ring.find(key), "quota_bytes", "unknown") for key in (first, "plain", second, "x")]
+    assert quotas == [20 * 10**9, 5 * 10**6, None, "unknown"]
+
+
+def test_keys_that_are_added_at_once_are_all_kept_and_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "keys").symlink_to(tmp_path / "etc" / "keys")
+    keys: list[str] = []
+    threads = [threading.Thread(target=lambda: keys.append(add_key(tmp_path / "keys"))) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ring = KeyRing([], tmp_path / "keys")
+    assert len(keys) == 12 and all(ring.find(key) for key in keys) and (tmp_path / "keys").is_symlink()
+
+
+@pytest.mark.parametrize(("content", "quota"), [("sha256:12", None), (b"\xff", None), ("", "5 parsecs")])
+def test_no_key_is_added_to_what_is_no_keys_file(content: Any, quota: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    with pytest.raises(InvalidInputError):
+        add_key(path, quota=quota)
+    with pytest.raises(StorageError, match="nowhere"):
+        add_key(tmp_path / "nowhere" / "keys")
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_keys_file_that_changes_counts_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keys"
+    first = add_key(path)
+    ring = KeyRing([], path)
+    second = add_key(path)
+    assert ring.find(first) and ring.find(second)
+    path.write_text(f"{hashed_key(second)}\n")
+    assert ring.find(first) is None and ring.find(second)
+    path.write_text("sha256:half of a ha")
+    assert ring.find(second) and ring.find(second) and caplog.text.count("the keys of before hold") == 1
+    path.write_text("# nobody any more\n")
+    assert ring.find(second) is None and ring, "a file without keys lets nobody in"
+
+
 def test_keys_come_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLD_API_KEYS", "one, two")
     (tmp_path / "keys").write_text("three\n\n# no\n")
@@ -200,6 +260,14 @@ def test_a_port_that_is_taken_is_said(storage: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(InvalidInputError, match="cannot listen"):
             serve("127.0.0.1", taken.getsockname()[1], storage, keys=KeyRing([]))
+    assert not storage.exists()
+
+
+@pytest.mark.parametrize("place", ["http://host/", "ftp://host/", "s3://", "https://me:secret-9@host/"])
+def test_a_storage_that_is_none_is_said(place: str) -> None:
+    with pytest.raises(InvalidInputError, match="folder or an object store") as caught:
+        serve("127.0.0.1", 0, place, keys=KeyRing([]))
+    assert "secret-9" not in str(caught.value)
 
 
 # Uploads
@@ -463,27 +531,109 @@ def test_stale_uploads_are_swept(client: Any, storage: Path) -> None:
     assert not part.exists() and place
 
 
-def test_a_collector_ends_on_a_signal_and_names_its_address(storage: Path) -> None:
-    code = (
-        "import sys\nfrom ml_debugger.collector import serve\n"
-        "serve(port=0, storage=sys.argv[1], on_ready=lambda url: print(url, flush=True))\n"
-    )
-    environment = {**os.environ, "MLD_API_KEYS": KEY}
+SERVE = """
+import signal, sys
+from ml_debugger.collector import serve, server
+server._GRACE_S = float(sys.argv[2])
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+serve(port=0, storage=sys.argv[1], on_ready=lambda url: print(url, flush=True))
+assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+print("returned")
+"""
+
+
+@contextlib.contextmanager
+def served(storage: Path, grace_s: float = 5) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serve` as a program of somebody calls it, and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(storage)],
-        env=environment,
+        [sys.executable, "-c", SERVE, str(storage), str(grace_s)],
+        env={**os.environ, "MLD_API_KEYS": KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    assert httpx.get(f"{url}/healthz").status_code == 200
-    assert httpx.get(url, auth=("", KEY)).status_code == 200
-    assert KEY.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
-    process.terminate()
-    _, said = process.communicate(timeout=20)
-    assert KEY not in said
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_names_its_address_and_returns_after_a_signal(number: int, storage: Path) -> None:
+    with served(storage) as (process, url):
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.get(url, auth=("", KEY)).status_code == 200
+        assert KEY.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        process.send_signal(number)
+        assert process.communicate(timeout=20) == ("returned\n", "")
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("how", ["upload", "document", "twice"])
+def test_a_request_that_hangs_does_not_hold_up_the_end_and_leaves_no_traceback(
+    how: str, storage: Path
+) -> None:
+    with served(storage, 60 if how == "twice" else 0.5) as (process, url):
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}", **TUS}) as client:
+            upload = item(DATA)
+            place = begin(client, upload)
+        method, path = ("PUT", "/data/net-000000000000/v1-000000000000/version.json")
+        if how != "document":
+            method, path = "PATCH", place
+        hanging = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]))
+        hanging.putrequest(method, path)
+        for name, value in {**TUS, "Authorization": f"Bearer {KEY}", "Upload-Offset": "0",
+                            "Content-Type": "application/offset+octet-stream",
+                            "Content-Length": str(len(DATA))}.items():  # fmt: skip
+            hanging.putheader(name, value)
+        hanging.endheaders(DATA[:60])
+        time.sleep(0.3)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        if how == "twice":
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == ("returned\n", "")
+        assert time.monotonic() - began < 10
+        hanging.close()
+    if how == "upload":
+        (part,) = (storage / ".uploads").glob("*.part")
+        assert part.read_bytes() == DATA[:60], "what has arrived stays"
+
+
+def test_an_export_that_is_being_made_does_not_hold_up_the_end(
+    data_dir: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ml_debugger.collector import overview, server
+
+    write_trace(data_dir)
+    upload_trace("net", "v1", data_dir=data_dir, endpoint=str(storage))
+    monkeypatch.setattr(server, "_GRACE_S", 0.2)
+    begun = threading.Event()
+
+    def endless(*arguments: Any, progress: Any) -> Any:
+        begun.set()
+        while True:
+            progress(1, 2)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(overview, "export_trace", endless)
+    with collector(storage, keys=()) as url:
+        link = re.search('href="([^"]+)"', httpx.get(url).text)[1]  # type: ignore[index]
+
+        def download() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.get(f"{url}/{link}", timeout=30)
+
+        asker = threading.Thread(target=download)
+        asker.start()
+        assert begun.wait(10)
+        ending = time.monotonic()
+    assert time.monotonic() - ending < 8
+    asker.join(10)
+    assert not asker.is_alive() and not list((storage / ".uploads").glob("export-*"))
 
 
 def test_a_collector_keeps_traces_in_an_object_store(

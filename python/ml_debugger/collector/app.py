@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from ml_debugger.collector.door import Door, asks_for_key
 from ml_debugger.collector.keys import KeyEntry, KeyRing
-from ml_debugger.collector.overview import Overview
+from ml_debugger.collector.overview import ClosingError, Overview
 from ml_debugger.collector.page import POLICY
 from ml_debugger.collector.storage import (
     ChecksumError,
@@ -95,6 +95,10 @@ class Collector:
         ]
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _refusal})
 
+    def close(self) -> None:
+        """What would take long ends soon: the collector ends."""
+        self._overview.close()
+
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         sweeper = asyncio.create_task(self._sweep())
@@ -159,6 +163,8 @@ class Collector:
             return await run_in_threadpool(self._overview.export, trace)
         except NotFoundError:
             raise HTTPException(404, "no such trace") from None
+        except ClosingError:
+            raise HTTPException(503, "the collector ends", {"Retry-After": "10"}) from None
 
     async def _list(self, request: Request, key: KeyEntry) -> Response:
         trace = request.path_params["trace"]

@@ -23,6 +23,10 @@ from ml_debugger.uploading.mirror import mirror_trace
 from ml_debugger.uploading.transports.folder import FolderTransport
 
 
+class ClosingError(Exception):
+    """The collector ends."""
+
+
 class Overview:
     """Looks at a collector's storage."""
 
@@ -30,6 +34,11 @@ class Overview:
         self._storage = storage
         self._documents: dict[str, tuple[Any, layout.VersionInfo]] = {}
         self._exporting = threading.Semaphore(2)
+        self._is_closing = False
+
+    def close(self) -> None:
+        """The exports that are being made end soon, without a result."""
+        self._is_closing = True
 
     def traces(self) -> list[TraceSummary]:
         """Every trace, by name."""
@@ -53,8 +62,10 @@ class Overview:
 
         Raises:
             NotFoundError: No such trace.
+            ClosingError: The collector ends.
         """
         with self._exporting:
+            self._look_whether_closing()
             place = tempfile.TemporaryDirectory(prefix="export-", dir=self._storage.uploads_dir)
             try:
                 transport = self._storage.transport
@@ -65,13 +76,19 @@ class Overview:
                     mirror_trace(transport, trace, Path(place.name))
                 info = layout.read_version(trace_dir)
                 name = default_name(info.model_name, info.version_name, None)
-                path = export_trace(trace_dir, Path(place.name) / "export.zip", progress=False)
+                path = export_trace(
+                    trace_dir, Path(place.name) / "export.zip", progress=self._look_whether_closing
+                )
             except BaseException:
                 place.cleanup()
                 raise
         return FileResponse(
             path, media_type="application/zip", filename=name, background=BackgroundTask(place.cleanup)
         )
+
+    def _look_whether_closing(self, *progress: object) -> None:
+        if self._is_closing:
+            raise ClosingError
 
     def _summary(self, trace: str, files: list[tuple[str, int, datetime]]) -> TraceSummary | None:
         info = self._version(f"{trace}/version.json", files)

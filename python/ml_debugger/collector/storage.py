@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ml_debugger.errors import CorruptDataError, InvalidInputError
+from ml_debugger.errors import CorruptDataError, InvalidInputError, UploadError
 from ml_debugger.store import layout
-from ml_debugger.uploading.endpoint import parse_endpoint
+from ml_debugger.uploading.endpoint import Endpoint, parse_endpoint, shown_endpoint
 from ml_debugger.uploading.retry import RetryPolicy
 from ml_debugger.uploading.transports import Item, open_transport
 from ml_debugger.uploading.transports.folder import FolderTransport
@@ -76,6 +76,28 @@ class Upload:
     is_done: bool = False
 
 
+def parse_storage(place: str | os.PathLike[str]) -> Endpoint:
+    """Judge where a collector is to keep its files.
+
+    Raises:
+        InvalidInputError: It is neither a folder nor an object store.
+    """
+    try:
+        endpoint = parse_endpoint(os.fspath(place), has_key=False)
+    except UploadError as error:
+        raise _not_storage(place) from error
+    if endpoint.kind not in ("folder", "objects"):
+        raise _not_storage(place)
+    return endpoint
+
+
+def _not_storage(place: str | os.PathLike[str]) -> InvalidInputError:
+    return InvalidInputError(
+        f"storage must be a folder or an object store, got {shown_endpoint(os.fspath(place))!r}",
+        "name a folder, or s3://, gs:// or az:// with a bucket and a path",
+    )
+
+
 class Storage:
     """The files of a collector.
 
@@ -90,11 +112,7 @@ class Storage:
     """
 
     def __init__(self, place: str | os.PathLike[str], uploads_dir: Path | None = None) -> None:
-        endpoint = parse_endpoint(os.fspath(place), has_key=False)
-        if endpoint.kind not in ("folder", "objects"):
-            raise InvalidInputError(
-                f"storage must be a folder or an object store, got {os.fspath(place)!r}", "name a folder"
-            )
+        endpoint = parse_storage(place)
         self.shown = endpoint.address
         transport = open_transport(endpoint, None, RetryPolicy())
         assert isinstance(transport, (FolderTransport, ObjectTransport))
