@@ -8,6 +8,7 @@ import errno
 import hashlib
 import http.client
 import os
+import random
 import re
 import signal
 import socket
@@ -506,6 +507,67 @@ def test_bytes_that_were_never_verified_do_not_count_though_all_are_there(client
             assert (storage / upload.path).read_bytes() == DATA
         else:
             assert answer.status_code == 404, "what is wrong is forgotten"
+
+
+def test_a_slice_that_was_placed_when_the_collector_was_killed_counts_as_arrived(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ml_debugger.collector.storage import Storage
+
+    upload = item(DATA)
+    headers = {"Authorization": f"Bearer {KEY}", **TUS}
+    with collector(storage) as url, httpx.Client(base_url=url, headers=headers) as client:
+        place, lost = begin(client, upload), begin(client, item(DATA, number=7))
+        monkeypatch.setattr(Storage, "_keep", lambda self, upload: (_ for _ in ()).throw(OSError()))
+        assert patch(client, place, 0, DATA).status_code == 500
+        monkeypatch.undo()
+    (part,) = (storage / ".uploads").glob("*.part")
+    part.unlink()
+    orphan = part.with_name("0" * 32 + ".part")
+    orphan.touch()
+    os.utime(orphan, (0, 0))
+    with collector(storage) as url, httpx.Client(base_url=url, headers=headers) as client:
+        assert client.head(place).headers["upload-offset"] == str(len(DATA))
+        assert client.head(lost).status_code == 404
+    assert (storage / upload.path).read_bytes() == DATA and not orphan.exists()
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_what_comes_in_parts_is_verified_as_a_whole(restarts: bool, storage: Path) -> None:
+    """The hash runs along; a restart, or a part that was taken back, must not confuse it."""
+    headers = {"Authorization": f"Bearer {KEY}", **TUS}
+    data = random.Random(1).randbytes(3 << 20)
+    right, wrong = item(data, number=1), item(data, number=2)
+    with contextlib.ExitStack() as stack:
+        for upload, sent in ((right, data), (wrong, data[:-1] + b"?" if data[-1:] != b"?" else b"!")):
+            with collector(storage) as url, httpx.Client(base_url=url, headers=headers) as client:
+                place = begin(client, upload)
+                assert patch(client, place, 0, sent[: 2 << 20]).status_code == 204
+                taken_back = {"Upload-Checksum": f"sha1 {base64.b64encode(bytes(20)).decode()}"}
+                assert patch(client, place, 2 << 20, sent[2 << 20 :], **taken_back).status_code == 460
+                if restarts:
+                    url = stack.enter_context(collector(storage))
+                    client = stack.enter_context(httpx.Client(base_url=url, headers=headers))
+                answer = patch(client, place, 2 << 20, sent[2 << 20 :])
+                assert answer.status_code == (204 if upload is right else 460)
+    assert (storage / right.path).read_bytes() == data and not (storage / wrong.path).exists()
+
+
+def test_a_slice_that_came_in_one_go_is_not_read_again(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ml_debugger.collector import storage as module
+
+    lengths: list[int] = []
+    of_all = module.Running.of_all
+
+    def watched(running: Any, file: Any) -> str:
+        lengths.append(running.length_bytes)
+        return of_all(running, file)
+
+    monkeypatch.setattr(module.Running, "of_all", watched)
+    data = bytes(5 << 20)
+    place = begin(client, item(data))
+    assert patch(client, place, 0, data).status_code == 204
+    assert lengths == [len(data)]
 
 
 def test_documents_change_only_under_their_condition(client: Any) -> None:

@@ -12,7 +12,6 @@ import binascii
 import contextlib
 import errno
 import hashlib
-import hmac
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,6 +28,7 @@ from ml_debugger.collector.door import Door, asks_for_key
 from ml_debugger.collector.keys import KeyEntry, KeyRing
 from ml_debugger.collector.overview import ClosingError, Overview
 from ml_debugger.collector.page import POLICY
+from ml_debugger.collector.receiving import CHECKSUMS, Checksum, in_thread, receive
 from ml_debugger.collector.storage import (
     ChecksumError,
     Storage,
@@ -42,11 +42,9 @@ from ml_debugger.errors import MlDebuggerError, NotFoundError
 logger = logging.getLogger("ml_debugger.collector")
 
 TUS_VERSION = "1.0.0"
-_CHECKSUMS = ("sha256", "sha1")
 _CHECKSUM_MISMATCH = 460
 _MAX_DOCUMENT_BYTES = 8 << 20
 _MAX_METADATA_BYTES = 16 << 10
-_WRITE_BYTES = 1 << 20
 _SWEEP_INTERVAL_S = 3600.0
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -209,7 +207,7 @@ class Collector:
                 "Tus-Resumable": TUS_VERSION,
                 "Tus-Version": TUS_VERSION,
                 "Tus-Extension": "creation,checksum,termination",
-                "Tus-Checksum-Algorithm": ",".join(_CHECKSUMS),
+                "Tus-Checksum-Algorithm": ",".join(CHECKSUMS),
             },
         )
 
@@ -254,7 +252,7 @@ class Collector:
         if request.headers.get("content-type") != "application/offset+octet-stream":
             raise HTTPException(415, "Content-Type must be application/offset+octet-stream")
         begin = _natural(request.headers.get("upload-offset"), "Upload-Offset")
-        checksum = _Checksum.of(request)
+        checksum = Checksum.of(request)
         upload = await self._settled(request, key)
         if begin != self._storage.offset(upload):
             raise HTTPException(409, f"the offset is {self._storage.offset(upload)}")
@@ -262,7 +260,10 @@ class Collector:
         assert task is not None
         self._tasks[upload.number] = task
         try:
-            offset = await self._take(request, upload, begin, checksum)
+            offset = upload.length_bytes
+            if not upload.is_done:
+                with self._storage.open_part(upload) as part:
+                    offset = begin + await receive(request, part, upload.length_bytes - begin, checksum)
             await self._complete(upload)
         except ChecksumError as error:
             raise HTTPException(_CHECKSUM_MISMATCH, str(error)) from None
@@ -296,93 +297,7 @@ class Collector:
         async with self._finishing:
             found = self._storage.find(upload.number, upload.key_name)
             if found is not None and not found.is_done and self._storage.offset(found) == found.length_bytes:
-                await _to_its_end(self._storage.finish, found)
-
-    async def _take(self, request: Request, upload: Upload, begin: int, checksum: _Checksum | None) -> int:
-        """Append what comes; what has come before a cut stays, unless it came with a checksum of its own."""
-        if upload.is_done:
-            return upload.length_bytes
-        offset = begin
-        is_whole = False
-        with self._storage.open_part(upload) as part:
-            part.seek(begin)
-            try:
-                async for block in _blocks(request):
-                    if offset + len(block) > upload.length_bytes:
-                        raise HTTPException(
-                            413, f"more than the {upload.length_bytes} bytes that were announced"
-                        )
-                    await _to_its_end(part.write, block)
-                    if checksum is not None:
-                        checksum.update(block)
-                    offset += len(block)
-                is_whole = True
-            finally:
-                part.flush()
-                if checksum is not None and not (is_whole and checksum.holds()):
-                    part.truncate(begin)
-        if checksum is not None and not checksum.holds():
-            raise ChecksumError("this part arrived with another checksum")
-        return offset
-
-
-async def _to_its_end(work: Callable[..., object], *arguments: Any) -> None:
-    """Do something in a thread; a task that is cancelled meanwhile ends when the work has ended."""
-    future = asyncio.ensure_future(run_in_threadpool(work, *arguments))
-    try:
-        await asyncio.shield(future)
-    except asyncio.CancelledError:
-        while not future.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({future})
-        future.exception()  # looked at; who comes next finds out by himself
-        raise
-
-
-class _Checksum:
-    """The checksum that a part of an upload came with."""
-
-    def __init__(self, algorithm: str, expected: bytes) -> None:
-        self._digest = hashlib.new(algorithm, usedforsecurity=False)
-        self._expected = expected
-
-    @classmethod
-    def of(cls, request: Request) -> _Checksum | None:
-        header = request.headers.get("upload-checksum")
-        if header is None:
-            return None
-        algorithm, _, encoded = header.partition(" ")
-        if algorithm not in _CHECKSUMS:
-            raise HTTPException(400, f"Upload-Checksum must be one of {', '.join(_CHECKSUMS)}")
-        try:
-            return cls(algorithm, base64.b64decode(encoded, validate=True))
-        except (binascii.Error, ValueError):
-            raise HTTPException(400, "Upload-Checksum is not base64") from None
-
-    def update(self, data: bytes) -> None:
-        self._digest.update(data)
-
-    def holds(self) -> bool:
-        return hmac.compare_digest(self._digest.digest(), self._expected)
-
-
-async def _blocks(request: Request) -> AsyncIterator[bytes]:
-    """The body in blocks that are worth a write; at a cut, what has come before it is handed out first."""
-    pending: list[bytes] = []
-    size = 0
-    try:
-        async for part in request.stream():
-            pending.append(part)
-            size += len(part)
-            if size >= _WRITE_BYTES:
-                yield b"".join(pending)
-                pending, size = [], 0
-    except (ClientDisconnect, asyncio.CancelledError):
-        if pending:
-            yield b"".join(pending)
-        raise
-    if pending:
-        yield b"".join(pending)
+                await in_thread(self._storage.finish, found)
 
 
 def _check_version(request: Request) -> None:
