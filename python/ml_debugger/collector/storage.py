@@ -301,7 +301,8 @@ class Storage:
                     path.unlink()
 
     def _keep(self, upload: Upload) -> None:
-        layout.write_json(self._record(upload), asdict(upload))
+        # Not durable: after a power cut its client begins anew, and what has its place is found there.
+        layout.write_json(self._record(upload), asdict(upload), durable=False)
         self._uploads[upload.number] = upload
 
     def _part(self, upload: Upload) -> Path:

@@ -5,6 +5,7 @@ New memory costs a fault and zeroes for each page, for a slice of 32 MiB about a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import os
@@ -25,24 +26,17 @@ class SliceMemory:
 
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
-        self._scratch = np.empty(0, np.uint8)
         self._is_closed = False
 
     def file(self, size_bytes: int) -> IO[bytes]:
         """An empty `MemoryFile` that holds ``size_bytes`` without growing."""
         return cast(IO[bytes], MemoryFile(self, size_bytes))
 
-    def scratch(self, size_bytes: int) -> Array:
-        """uint8 (size_bytes,), the same memory each time; holds anything."""
-        if self._scratch.size < size_bytes:
-            self._scratch = np.empty(size_bytes, np.uint8)
-        return self._scratch[:size_bytes]
-
     def close(self) -> None:
         """Give the memory back to the system; that of open files when they are closed."""
         self._is_closed = True
         while self._free:
-            self._free.pop().close()
+            _close(self._free.pop())
 
     def take(self, size_bytes: int) -> mmap.mmap:
         """Memory of at least that size."""
@@ -55,7 +49,7 @@ class SliceMemory:
     def give(self, memory: mmap.mmap) -> None:
         """Take memory back."""
         if self._is_closed:
-            memory.close()
+            _close(memory)
         else:
             self._free.append(memory)
 
@@ -91,15 +85,24 @@ class MemoryFile(io.RawIOBase):
         self._position = max(0, base + offset)
         return self._position
 
+    def reserve(self, size_bytes: int) -> Array:
+        """The memory, uint8 (size_bytes,), that the next `write` fills; given to it, nothing is copied."""
+        end = self._position + size_bytes
+        memory = self._open() if end <= len(self._open()) else self._grow(end)
+        return np.frombuffer(memory, np.uint8, size_bytes, self._position)
+
     def write(self, data: Any) -> int:
         """Write all of ``data`` at the position."""
-        memory = self._open()
-        with memoryview(data).cast("B") as view:
-            length = len(view)
-            end = self._position + length
-            if end > len(memory):
-                memory = self._grow(end)
-            memory[self._position : end] = view
+        if not len(data):
+            return 0
+        source = np.frombuffer(data, np.uint8)
+        length = source.size
+        target = self.reserve(length)
+        if self._position > self._length:  # a hole reads as zeroes, not as the slice before
+            np.frombuffer(self._open(), np.uint8)[self._length : self._position] = 0
+        if source.ctypes.data != target.ctypes.data:
+            target[:] = source
+        end = self._position + length
         self._position = end
         self._length = max(self._length, end)
         return length
@@ -134,3 +137,9 @@ class MemoryFile(io.RawIOBase):
         self._owner.give(before)
         self._memory = memory
         return memory
+
+
+def _close(memory: mmap.mmap) -> None:
+    """Close memory; where somebody still looks at it, as an error's frames do, it goes with the last look."""
+    with contextlib.suppress(BufferError):
+        memory.close()

@@ -177,7 +177,7 @@ def cut_slice(
             archive.write_array(HEADERS, np.frombuffer(b"".join(headers), np.uint8))
             with archive.member(CHUNKS) as member:
                 member.write_npy_header(np.dtype(np.uint8), (chunk_bytes,))
-                for block in _blocks(reads, memory):
+                for block in _blocks(reads, file):
                     member.write(block)
             with archive.member(manifest.MANIFEST_NAME) as member:
                 member.write(manifest.encode(_manifest(draft, info, attempt)))
@@ -249,8 +249,8 @@ def _segment(draft: SliceDraft, call: int, sequence: int) -> Origin:
     return found
 
 
-def _blocks(reads: list[_Read], memory: SliceMemory) -> Iterator[Array]:
-    """The chunks in order; a block holds until the next one is asked for.
+def _blocks(reads: list[_Read], file: IO[bytes]) -> Iterator[Array]:
+    """The chunks in order, each block where ``file`` has it next, if that is a file in memory.
 
     Segments are open for one step of some MiB only, so that a drop is not held up.
     """
@@ -258,15 +258,16 @@ def _blocks(reads: list[_Read], memory: SliceMemory) -> Iterator[Array]:
     size = 0
     for read in reads:
         if step and size + read.length_bytes > _STEP_BYTES:
-            yield _read_step(step, memory.scratch(size))
+            yield _read_step(step, size, file)
             step, size = [], 0
         step.append(read)
         size += read.length_bytes
     if step:
-        yield _read_step(step, memory.scratch(size))
+        yield _read_step(step, size, file)
 
 
-def _read_step(step: list[_Read], out: Array) -> Array:
+def _read_step(step: list[_Read], size: int, file: IO[bytes]) -> Array:
+    out = file.reserve(size) if isinstance(file, MemoryFile) else np.empty(size, np.uint8)
     by_segment: dict[Origin, list[tuple[int, int, int, int]]] = {}
     offset = 0
     for read in step:
