@@ -26,7 +26,9 @@ DEADLINE_S = 30.0
 @pytest.fixture
 def tus_server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """tuspyserver on a FastAPI application; its address and its folder."""
-    tuspyserver = pytest.importorskip("tuspyserver")
+    tuspyserver = pytest.importorskip(
+        "tuspyserver", reason="tuspyserver is not installed: pip install tuspyserver"
+    )
     fastapi = pytest.importorskip("fastapi")
     uvicorn = pytest.importorskip("uvicorn")
     folder = tmp_path / "tus"
