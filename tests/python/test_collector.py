@@ -35,6 +35,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from ml_debugger.collector import KeyRing, add_key, hashed_key, new_key, serve  # noqa: E402
+from ml_debugger.collector.server import make_server  # noqa: E402
 
 DATA = b"a slice " * 40
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -134,6 +135,22 @@ def test_a_browser_is_asked_for_the_key_and_gets_a_cookie_that_opens_pages_only(
         assert kept.status_code == 401, "the session is over, not only the cookie"
     forwarded = httpx.post(f"{url}/sign-in", data={"key": KEY}, headers={"X-Forwarded-Proto": "https"})
     assert "secure" in forwarded.headers["set-cookie"].lower()
+
+
+def test_a_key_that_is_taken_out_of_the_file_ends_its_sessions(storage: Path, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    key = add_key(path)
+    server, url, listener = make_server("127.0.0.1", 0, storage, KeyRing(["other"], path))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    with listener, httpx.Client(base_url=url, headers=HTML) as person:
+        assert person.post("/sign-in", data={"key": key}).status_code == 303
+        assert person.get("/").status_code == 200
+        path.write_text("# nobody\n")
+        assert person.get("/").status_code == 401
+        assert person.post("/sign-in", data={"key": key}).status_code == 401
+        server.should_exit = True
+        thread.join(10)
 
 
 def test_another_site_signs_nobody_in_and_a_form_has_an_end(url: str) -> None:
@@ -510,17 +527,17 @@ def test_bytes_that_were_never_verified_do_not_count_though_all_are_there(client
 
 
 def test_a_slice_that_was_placed_when_the_collector_was_killed_counts_as_arrived(
-    storage: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Path,
 ) -> None:
-    from ml_debugger.collector.storage import Storage
-
     upload = item(DATA)
     headers = {"Authorization": f"Bearer {KEY}", **TUS}
     with collector(storage) as url, httpx.Client(base_url=url, headers=headers) as client:
         place, lost = begin(client, upload), begin(client, item(DATA, number=7))
-        monkeypatch.setattr(Storage, "_keep", lambda self, upload: (_ for _ in ()).throw(OSError()))
-        assert patch(client, place, 0, DATA).status_code == 500
-        monkeypatch.undo()
+        # What is on the disk after a kill behind the rename: the record of an upload, and no part.
+        (record,) = (storage / ".uploads").glob(f"{place.rpartition('/')[2]}.upload")
+        before = record.read_bytes()
+        assert patch(client, place, 0, DATA).status_code == 204
+        record.write_bytes(before)
     (part,) = (storage / ".uploads").glob("*.part")
     part.unlink()
     orphan = part.with_name("0" * 32 + ".part")
@@ -581,6 +598,24 @@ def test_documents_change_only_under_their_condition(client: Any) -> None:
     assert client.put(path, content=b"{}", headers={"If-Match": etag}).status_code == 412
     assert client.get(path).content == b"[]"
     assert client.put(path, content=bytes(9 << 20)).status_code == 413
+
+
+def test_a_slice_that_is_placed_when_the_disk_has_no_room_to_note_it_counts(
+    client: Any, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ml_debugger.collector import storage as module
+
+    upload = item(DATA)
+    place = begin(client, upload)
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(module.layout, "write_json", full)
+    assert patch(client, place, 0, DATA).status_code == 507
+    monkeypatch.undo()
+    assert client.head(place).headers["upload-offset"] == str(len(DATA))
+    assert (storage / upload.path).read_bytes() == DATA
 
 
 def test_stale_uploads_are_swept(client: Any, storage: Path) -> None:

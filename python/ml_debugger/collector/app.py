@@ -53,8 +53,8 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 
-Endpoint = Callable[[Request], Awaitable[Response]]
-Handler = Callable[[Request, KeyEntry], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
+KeyedHandler = Callable[[Request, KeyEntry], Awaitable[Response]]
 
 
 class Collector:
@@ -111,7 +111,7 @@ class Collector:
 
     # Who may come in
 
-    def _guarded(self, handler: Handler, *, is_page: bool = False) -> Endpoint:
+    def _guarded(self, handler: KeyedHandler, *, is_page: bool = False) -> Handler:
         """A handler that only who has a key gets to; ``is_page``: or who has signed in."""
 
         async def guarded(request: Request) -> Response:
@@ -119,7 +119,9 @@ class Collector:
 
         return self._answered(guarded)
 
-    def _answered(self, handler: Endpoint) -> Endpoint:
+    def _answered(self, handler: Handler) -> Handler:
+        """A handler whose errors have a status, and whose answers have the headers that all have."""
+
         async def answered(request: Request) -> Response:
             try:
                 response = await handler(request)

@@ -52,7 +52,7 @@ class Door:
             return _NOBODY
         entry = self._keys.find(_shown_key(request))
         if entry is None and takes_cookie:
-            entry = self._sessions.find(request.cookies.get(COOKIE, ""))
+            entry = self._session_key(request)
         if entry is None:
             raise HTTPException(
                 401,
@@ -63,7 +63,12 @@ class Door:
 
     def has_session(self, request: Request) -> bool:
         """Whether who asks has come in by the sign-in page."""
-        return self._sessions.find(request.cookies.get(COOKIE, "")) is not None
+        return self._session_key(request) is not None
+
+    def _session_key(self, request: Request) -> KeyEntry | None:
+        """Whose session it is; a key that was taken out of the file ends it."""
+        entry = self._sessions.find(request.cookies.get(COOKIE, ""))
+        return entry if entry in self._keys.entries else None
 
     async def sign_in(self, request: Request) -> Response:
         """Take the key of the sign-in page."""

@@ -254,11 +254,14 @@ class Storage:
             else:
                 self.transport.send(_item(upload, file))
                 part.unlink()
+        # Kept for a while: a client whose answer was lost asks where it stands. It counts from now on, even
+        # if the disk has no room to note that.
+        upload = replace(upload, is_done=True)
+        self._uploads[upload.number] = upload
         if is_new:
             self._usage[upload.key_name] = self._usage.get(upload.key_name, 0) + upload.length_bytes
             layout.write_json(self._usage_path, {"format_version": 1, "bytes": self._usage})
-        # Kept for a while: a client whose answer was lost asks where it stands.
-        self._keep(replace(upload, is_done=True))
+        self._keep(upload)
 
     def forget(self, upload: Upload) -> None:
         """Drop what has arrived of an upload."""

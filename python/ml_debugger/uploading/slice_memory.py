@@ -39,10 +39,12 @@ class SliceMemory:
             _close(self._free.pop())
 
     def take(self, size_bytes: int) -> mmap.mmap:
-        """Memory of at least that size."""
-        for number, found in enumerate(self._free):
+        """Memory of at least that size; what is free and too small for it goes back to the system."""
+        while self._free:
+            found = self._free.pop()
             if len(found) >= size_bytes:
-                return self._free.pop(number)
+                return found
+            _close(found)
         rounded = -(-max(size_bytes, 1) // _GROWTH_BYTES) * _GROWTH_BYTES
         return mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
