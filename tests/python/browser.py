@@ -86,8 +86,9 @@ class Browser:
         """What a reader sees."""
         return str(self.evaluate("document.body ? document.body.innerText : ''"))
 
-    def type(self, text: str) -> None:
-        """Type into what has the focus, and press Enter."""
+    def type(self, text: str, into: str) -> None:
+        """Type into the field of that id as soon as it has the focus, and press Enter."""
+        self.wait_for(f"document.readyState === 'complete' && document.activeElement.id === {into!r}")
         self.send("Input.insertText", text=text)
         for kind in ("keyDown", "keyUp"):
             self.send(

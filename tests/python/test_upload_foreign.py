@@ -165,9 +165,9 @@ def test_a_person_signs_in_reads_the_page_and_downloads_a_trace(data_dir: Path, 
             upload_trace(model, "v1", data_dir=data_dir, endpoint=url, api_key=KEY)
         tab.go(url)
         assert "API key" in tab.text() and "net" not in tab.text()
-        tab.type("wrong")
+        tab.type("wrong", into="key")
         tab.wait_for("document.querySelector('.wrong')")
-        tab.type(KEY)
+        tab.type(KEY, into="key")
         tab.wait_for("document.querySelector('table')")
         assert tab.evaluate("location.href") == f"{url}/", "nothing of the key stands in the address"
         shown = tab.text()
