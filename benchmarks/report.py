@@ -125,6 +125,14 @@ def _drop_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield f"its space is back, / `unlink`, {size}", "<= 1.2", _interval(found["drop_over_unlink"], 2)
 
 
+def _upload_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for place, found in summary["throughput"].items():
+        speed = found["upload_bytes_per_s"]["median"] / 1e6
+        told = f"{_interval(found['throughput_ratio'], 2)}, {speed:.0f} MB/s"
+        yield f"upload / plain PUT over loopback, {place}", ">= 0.9", told
+    yield "step with `auto_sync` / without", "", _interval(summary["step"]["ratio"])
+
+
 def _ms(found: dict[str, float]) -> str:
     return _interval({key: value * 1e3 for key, value in found.items()}, 2)
 
@@ -144,6 +152,7 @@ _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, str]]]] = {
     "cpu_sustained": _sustained_rows,
     "cpu_export": _export_rows,
     "cpu_drop": _drop_rows,
+    "cpu_upload": _upload_rows,
     "cpu_scaling": _scaling_rows,
 }
 

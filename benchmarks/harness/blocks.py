@@ -53,13 +53,24 @@ class Block:
     cpu_s: float
 
 
-def run_blocks(arms: Mapping[str, Arm], *, rounds: int, steps: int, seed: int = 0) -> list[Block]:
-    """Time ``rounds`` blocks of every arm, each of ``steps`` steps. All arms are warm before."""
+def run_blocks(
+    arms: Mapping[str, Arm],
+    *,
+    rounds: int,
+    steps: int,
+    seed: int = 0,
+    before: Callable[[], None] = lambda: None,
+) -> list[Block]:
+    """Time ``rounds`` blocks of every arm, each of ``steps`` steps. All arms are warm before.
+
+    ``before`` is called ahead of every block, outside of its time.
+    """
     order, shuffled = list(arms), random.Random(seed)
     blocks = []
     for number in range(rounds):
         shuffled.shuffle(order)
         for name in order:
+            before()
             blocks.append(_time_block(number, name, arms[name], steps))
     return blocks
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.baselines import ALL, Baseline
-from benchmarks.cpu import baselines, drop, export, hook_cost, scaling, sustained, training_overhead
+from benchmarks.cpu import baselines, drop, export, hook_cost, scaling, sustained, training_overhead, upload
 from benchmarks.cpu.__main__ import BENCHMARKS
 from benchmarks.harness.machine import describe_machine
 from benchmarks.harness.results import Findings, write_results
@@ -22,7 +22,7 @@ from benchmarks.harness.setting import Setting, WrongDataError
 from benchmarks.instructions import counting
 from ml_debugger import benchmarking, errors
 
-QUESTIONS = (hook_cost, training_overhead, sustained, export, drop, scaling)
+QUESTIONS = (hook_cost, training_overhead, sustained, export, drop, upload, scaling)
 
 
 @pytest.fixture
@@ -50,6 +50,9 @@ def written(findings: Findings, module: ModuleType, folder: Path) -> dict[str, A
 def test_a_question_is_answered_with_machine_options_samples_and_losses(
     module: ModuleType, setting: Setting, tmp_path: Path
 ) -> None:
+    if module is upload:
+        for package in ("httpx", "starlette", "uvicorn"):
+            pytest.importorskip(package)
     findings = module.measure(setting)
     document = written(findings, module, tmp_path)
     for key in ("name", "question", "machine", "options", "summary", "samples"):

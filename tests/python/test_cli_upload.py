@@ -158,6 +158,7 @@ def test_an_endpoint_that_nothing_handles_is_wrong_usage(data_dir: Path, endpoin
     done = run("upload", "net", "v1", "--data-dir", data_dir, "--endpoint", endpoint)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--endpoint" in done.stderr and "secret-9" not in done.stderr
+    assert "api_key" not in done.stderr or "MLD_API_KEY" in done.stderr, "the remedy is one of a command line"
 
 
 def test_a_key_does_not_travel_in_clear(data_dir: Path) -> None:
@@ -244,6 +245,29 @@ def test_keys_come_from_a_file_too(data_dir: Path, tmp_path: Path) -> None:
     assert_nowhere(KEY, tmp_path / "a")
 
 
+def test_a_new_key_is_printed_once_and_counts_while_the_collector_runs(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    write_trace(data_dir)
+    path = tmp_path / "keys"
+    key = fine("serve", "new-key", "--keys-file", path, "--quota", "5GB", "--note", "anna").strip()
+    assert key.startswith("mld-") and key not in path.read_text() and "# anna\n" in path.read_text()
+    with served("--storage", tmp_path / "a", "--keys-file", path, keys=None) as collector:
+        assert upload(data_dir, collector.url, key=key)["segments_sent"] == 3
+        another = fine("serve", "new-key", "--keys-file", path).strip()
+        assert another != key and upload(data_dir, collector.url, key=another)["segments_skipped"] == 3
+        assert collector.end() == (0, "")
+    assert_nowhere(key, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--keys-file", ""], ["--keys-file", "{tmp}/keys", "--quota", "5 parsecs"]]
+)
+def test_wrong_usage_of_new_key_is_status_two_and_makes_nothing(arguments: list[str], tmp_path: Path) -> None:
+    refused(2, "", "serve", "new-key", *(text.format(tmp=tmp_path) for text in arguments))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
 def test_without_keys_it_listens_to_this_machine_only(tmp_path: Path, host: str) -> None:
     storage = tmp_path / "collected"
@@ -281,6 +305,14 @@ def test_a_keys_file_that_holds_no_keys_is_wrong_usage(tmp_path: Path, content: 
     done = run("serve", "--port", 0, "--storage", tmp_path / "a", "--keys-file", path)
     assert (done.returncode, done.stdout) == (2, "") and KEY not in done.stderr
     assert "key" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["ftp://host/", "https://me:secret-9@host/", "s3://"])
+def test_a_storage_that_is_none_is_said_in_words_of_storage(place: str) -> None:
+    done = run("serve", "--port", 0, "--storage", place)
+    assert done.returncode == 2 and "secret-9" not in done.stderr
+    assert "--storage" in done.stderr and "folder or an object store" in done.stderr
+    assert "endpoint" not in done.stderr and "uploader" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import ml_debugger
+from ml_debugger import TracerConfig, open_trace
+from ml_debugger.training import ClassificationTracer
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "digits.py"
@@ -93,6 +97,33 @@ def test_python_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path) -> 
     assert lines[3:11] == [f"{call} (64, 3)" for call in range(16, 24)]
     assert lines[11].startswith("UploadReport(segments_")
     assert len(lines) == 12
+
+
+def test_shell_lines_of_the_readme_make_a_key_run_a_collector_and_upload(tmp_path: Path) -> None:
+    for package in ("starlette", "uvicorn", "httpx"):
+        pytest.importorskip(package)
+    config = TracerConfig(data_dir=tmp_path / "mld_data")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with ClassificationTracer(model, "mlp", "v3", config=config) as tracer:
+        tracer(torch.zeros(3, 2), None, ["a", "b", "c"], n_epoch=0)
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(block.splitlines()) == 3
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    lines = block.replace("8420", port).replace("serve --host", f"serve --port {port} --host")
+    command = tmp_path / "bin" / "ml-debugger"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ml_debugger.cli "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", f"set -m\n{lines}status=$?\nkill %1\nwait %1\nexit $status"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sent 1 segments" in done.stdout and "Traceback" not in done.stderr
+    assert open_trace("mlp", "v3", tmp_path / "traces").num_rows("extracted_feature") == 3
+    assert open_trace("mlp", "v3", tmp_path / "mld_data").num_rows("extracted_feature") == 3
 
 
 @pytest.mark.parametrize("page", ["record.md", "read.md", "export.md"])

@@ -78,11 +78,18 @@ def test_what_vanished_at_the_endpoint_is_sent_again(damage: str, data_dir: Path
     assert_same_trace(data_dir, there)
 
 
-def test_a_lost_ledger_costs_no_duplicates(data_dir: Path, there: Path) -> None:
+@pytest.mark.parametrize("how", ["lost", "emptied", "halved"])
+def test_a_ledger_that_a_power_cut_has_taken_costs_no_duplicates(
+    how: str, data_dir: Path, there: Path
+) -> None:
     trace = write_trace(data_dir)
     upload(data_dir, there)
     before = slices(there)
-    shutil.rmtree(trace / "rank-00000" / "uploads")
+    ledger = trace / "rank-00000" / "uploads"
+    for path in list(ledger.rglob("a*.json")):
+        os.truncate(path, 0 if how == "emptied" else path.stat().st_size // 2)
+    if how == "lost":
+        shutil.rmtree(ledger)
     upload(data_dir, there)
     assert slices(there) == before, "the same rows give the same slices"
     assert_same_trace(data_dir, there)

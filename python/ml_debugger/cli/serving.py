@@ -1,11 +1,8 @@
-"""``serve``: a collector, which takes uploads."""
+"""``serve``: a collector, which takes uploads; ``serve new-key``: a key for it."""
 
 from __future__ import annotations
 
 import os
-import signal
-import sys
-from types import FrameType
 
 import click
 
@@ -13,11 +10,12 @@ from ml_debugger import collector
 from ml_debugger.cli.output import shown
 from ml_debugger.collector import DEFAULT_PORT, KeyRing
 from ml_debugger.collector.server import DEFAULT_STORAGE
-from ml_debugger.errors import InvalidInputError, UploadError
-from ml_debugger.uploading.endpoint import is_loopback, parse_endpoint, shown_endpoint
+from ml_debugger.collector.storage import parse_storage
+from ml_debugger.errors import InvalidInputError
+from ml_debugger.uploading.endpoint import is_loopback
 
 
-@click.command()
+@click.group(invoke_without_command=True, subcommand_metavar="[new-key]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -31,7 +29,11 @@ from ml_debugger.uploading.endpoint import is_loopback, parse_endpoint, shown_en
     metavar="DIR",
     help=f"A folder, s3://, gs:// or az://, that takes the traces. [default: {DEFAULT_STORAGE}]",
 )
-@click.option("--keys-file", metavar="FILE", help="More keys than those of $MLD_API_KEYS, one a line.")
+@click.option(
+    "--keys-file",
+    metavar="FILE",
+    help="More keys than those of $MLD_API_KEYS, one a line; read again when it changes.",
+)
 @click.option("--data-dir", metavar="DIR", help="Where the default of --storage lies. [default: here]")
 @click.pass_context
 def serve(
@@ -43,13 +45,12 @@ def serve(
     one. Without keys it listens on this machine only. What it took opens with --data-dir DIR like a local
     trace.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     if not host:
         raise click.BadParameter("expected an address, got an empty text", param_hint="--host")
     keys = _keys(host, keys_file)
     place = _storage(storage, ctx.obj if data_dir is None else data_dir)
-    # The server gives a signal back when it has closed: to the handler that was there before, so to this one.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
     collector.serve(
         host,
         port,
@@ -59,8 +60,22 @@ def serve(
     )
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    sys.exit(0)
+@serve.command("new-key")
+@click.option("--keys-file", metavar="FILE", required=True, help="Takes the key's hash; made if missing.")
+@click.option("--quota", metavar="SIZE", help="Most that the key may leave here, as 500MB. [default: all]")
+@click.option("--note", metavar="TEXT", help="Whose key it is, as a comment in the file.")
+def new_key(keys_file: str, quota: str | None, note: str | None) -> None:
+    """Make a key for a collector, and print it: this once, since the file takes only its hash.
+
+    A collector that runs with this --keys-file takes the key at once.
+    """
+    if not keys_file:
+        raise click.BadParameter("expected a file, got an empty text", param_hint="--keys-file")
+    try:
+        key = collector.add_key(keys_file, quota=quota, note=note)
+    except InvalidInputError as error:
+        raise click.UsageError(shown(str(error))) from error
+    click.echo(key)
 
 
 def _keys(host: str, keys_file: str | None) -> KeyRing:
@@ -84,12 +99,7 @@ def _storage(storage: str | None, data_dir: str | None) -> str:
             raise click.BadParameter("expected a directory, got an empty text", param_hint=name)
     place = storage or os.path.join(data_dir or "", DEFAULT_STORAGE)
     try:
-        kind = parse_endpoint(place, has_key=False).kind
-    except UploadError as error:
+        parse_storage(place)
+    except InvalidInputError as error:
         raise click.BadParameter(shown(str(error)), param_hint="--storage") from error
-    if kind not in ("folder", "objects"):
-        raise click.BadParameter(
-            f"expected a folder or an object store, got {shown(shown_endpoint(place))}",
-            param_hint="--storage",
-        )
     return place

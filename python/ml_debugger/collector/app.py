@@ -12,7 +12,6 @@ import binascii
 import contextlib
 import errno
 import hashlib
-import hmac
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,8 +24,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from ml_debugger.collector.door import Door, asks_for_key
 from ml_debugger.collector.keys import KeyEntry, KeyRing
-from ml_debugger.collector.overview import Overview
+from ml_debugger.collector.overview import ClosingError, Overview
+from ml_debugger.collector.page import POLICY
+from ml_debugger.collector.receiving import CHECKSUMS, Checksum, in_thread, receive
 from ml_debugger.collector.storage import (
     ChecksumError,
     Storage,
@@ -36,26 +38,23 @@ from ml_debugger.collector.storage import (
     slice_of,
 )
 from ml_debugger.errors import MlDebuggerError, NotFoundError
-from ml_debugger.uploading.endpoint import is_loopback
 
 logger = logging.getLogger("ml_debugger.collector")
 
 TUS_VERSION = "1.0.0"
-_CHECKSUMS = ("sha256", "sha1")
 _CHECKSUM_MISMATCH = 460
 _MAX_DOCUMENT_BYTES = 8 << 20
 _MAX_METADATA_BYTES = 16 << 10
-_WRITE_BYTES = 1 << 20
 _SWEEP_INTERVAL_S = 3600.0
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_NOBODY = KeyEntry(b"")
 
-Handler = Callable[[Request, KeyEntry], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
+KeyedHandler = Callable[[Request, KeyEntry], Awaitable[Response]]
 
 
 class Collector:
@@ -68,7 +67,7 @@ class Collector:
 
     def __init__(self, storage: Storage, keys: KeyRing) -> None:
         self._storage = storage
-        self._keys = keys
+        self._door = Door(keys)
         self._overview = Overview(storage)
         # The task that works on an upload: a client that lost its connection comes again before we notice.
         self._tasks: dict[str, asyncio.Task[Any]] = {}
@@ -79,8 +78,10 @@ class Collector:
         """The ASGI application."""
         routes = [
             Route("/healthz", self._healthz, methods=["GET"]),
-            Route("/", self._guarded(self._page), methods=["GET"]),
-            Route("/export/{trace:path}.zip", self._guarded(self._export), methods=["GET"]),
+            Route("/", self._answered(self._front), methods=["GET"]),
+            Route("/sign-in", self._answered(self._door.sign_in), methods=["POST"]),
+            Route("/sign-out", self._answered(self._door.sign_out), methods=["POST"]),
+            Route("/export/{trace:path}.zip", self._guarded(self._export, is_page=True), methods=["GET"]),
             Route("/list/{trace:path}", self._guarded(self._list), methods=["GET"]),
             Route("/data/{path:path}", self._guarded(self._read), methods=["GET"]),
             Route("/data/{path:path}", self._guarded(self._write), methods=["PUT"]),
@@ -91,6 +92,10 @@ class Collector:
             Route("/files/{number}", self._guarded(self._delete), methods=["DELETE"]),
         ]
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _refusal})
+
+    def close(self) -> None:
+        """What would take long ends soon: the collector ends."""
+        self._overview.close()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -106,10 +111,22 @@ class Collector:
 
     # Who may come in
 
-    def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    def _guarded(self, handler: KeyedHandler, *, is_page: bool = False) -> Handler:
+        """A handler that only who has a key gets to; ``is_page``: or who has signed in."""
+
         async def guarded(request: Request) -> Response:
+            return await handler(request, self._door.key_of(request, takes_cookie=is_page))
+
+        return self._answered(guarded)
+
+    def _answered(self, handler: Handler) -> Handler:
+        """A handler whose errors have a status, and whose answers have the headers that all have."""
+
+        async def answered(request: Request) -> Response:
             try:
-                response = await handler(request, self._key_of(request))
+                response = await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody is there to read it
             except MlDebuggerError as error:
                 logger.error("%s %s: %s", request.method, request.url.path, error)
                 raise _status_of(error) from None
@@ -120,41 +137,23 @@ class Collector:
             response.headers.setdefault("Tus-Resumable", TUS_VERSION)
             return response
 
-        return guarded
-
-    def _key_of(self, request: Request) -> KeyEntry:
-        if not self._keys:
-            # A page of another site can reach this machine's ports, but not under a name of this machine.
-            if not is_loopback(request.url.hostname or ""):
-                raise HTTPException(421, "without keys, this collector answers to names of this machine only")
-            return _NOBODY
-        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-        key = credentials.strip()
-        if scheme.lower() == "basic":  # what a browser asks for; any user, the key as password
-            try:
-                key = (
-                    base64.b64decode(key, validate=True).decode("utf-8", "surrogateescape").partition(":")[2]
-                )
-            except (binascii.Error, ValueError):
-                key = ""
-        elif scheme.lower() != "bearer":
-            key = ""
-        entry = self._keys.find(key)
-        if entry is None:
-            raise HTTPException(
-                401,
-                "the key is missing or wrong",
-                {"WWW-Authenticate": 'Basic realm="ml-debugger", charset="UTF-8"'},
-            )
-        return entry
+        return answered
 
     # Everything but uploads
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def _page(self, request: Request, key: KeyEntry) -> Response:
-        return HTMLResponse(await run_in_threadpool(self._overview.page))
+    async def _front(self, request: Request) -> Response:
+        """The page; who shows no key in a browser is asked for one."""
+        try:
+            self._door.key_of(request, takes_cookie=True)
+        except HTTPException as error:
+            if error.status_code == 401 and "text/html" in request.headers.get("accept", ""):
+                return asks_for_key()
+            raise
+        can_sign_out = self._door.has_session(request)
+        return HTMLResponse(await run_in_threadpool(self._overview.page, can_sign_out=can_sign_out))
 
     async def _export(self, request: Request, key: KeyEntry) -> Response:
         trace = request.path_params["trace"]
@@ -164,6 +163,8 @@ class Collector:
             return await run_in_threadpool(self._overview.export, trace)
         except NotFoundError:
             raise HTTPException(404, "no such trace") from None
+        except ClosingError:
+            raise HTTPException(503, "the collector ends", {"Retry-After": "10"}) from None
 
     async def _list(self, request: Request, key: KeyEntry) -> Response:
         trace = request.path_params["trace"]
@@ -208,7 +209,7 @@ class Collector:
                 "Tus-Resumable": TUS_VERSION,
                 "Tus-Version": TUS_VERSION,
                 "Tus-Extension": "creation,checksum,termination",
-                "Tus-Checksum-Algorithm": ",".join(_CHECKSUMS),
+                "Tus-Checksum-Algorithm": ",".join(CHECKSUMS),
             },
         )
 
@@ -253,7 +254,7 @@ class Collector:
         if request.headers.get("content-type") != "application/offset+octet-stream":
             raise HTTPException(415, "Content-Type must be application/offset+octet-stream")
         begin = _natural(request.headers.get("upload-offset"), "Upload-Offset")
-        checksum = _Checksum.of(request)
+        checksum = Checksum.of(request)
         upload = await self._settled(request, key)
         if begin != self._storage.offset(upload):
             raise HTTPException(409, f"the offset is {self._storage.offset(upload)}")
@@ -261,7 +262,10 @@ class Collector:
         assert task is not None
         self._tasks[upload.number] = task
         try:
-            offset = await self._take(request, upload, begin, checksum)
+            offset = upload.length_bytes
+            if not upload.is_done:
+                with self._storage.open_part(upload) as part:
+                    offset = begin + await receive(request, part, upload.length_bytes - begin, checksum)
             await self._complete(upload)
         except ChecksumError as error:
             raise HTTPException(_CHECKSUM_MISMATCH, str(error)) from None
@@ -295,93 +299,7 @@ class Collector:
         async with self._finishing:
             found = self._storage.find(upload.number, upload.key_name)
             if found is not None and not found.is_done and self._storage.offset(found) == found.length_bytes:
-                await _to_its_end(self._storage.finish, found)
-
-    async def _take(self, request: Request, upload: Upload, begin: int, checksum: _Checksum | None) -> int:
-        """Append what comes; what has come before a cut stays, unless it came with a checksum of its own."""
-        if upload.is_done:
-            return upload.length_bytes
-        offset = begin
-        is_whole = False
-        with self._storage.open_part(upload) as part:
-            part.seek(begin)
-            try:
-                async for block in _blocks(request):
-                    if offset + len(block) > upload.length_bytes:
-                        raise HTTPException(
-                            413, f"more than the {upload.length_bytes} bytes that were announced"
-                        )
-                    await _to_its_end(part.write, block)
-                    if checksum is not None:
-                        checksum.update(block)
-                    offset += len(block)
-                is_whole = True
-            finally:
-                part.flush()
-                if checksum is not None and not (is_whole and checksum.holds()):
-                    part.truncate(begin)
-        if checksum is not None and not checksum.holds():
-            raise ChecksumError("this part arrived with another checksum")
-        return offset
-
-
-async def _to_its_end(work: Callable[..., object], *arguments: Any) -> None:
-    """Do something in a thread; a task that is cancelled meanwhile ends when the work has ended."""
-    future = asyncio.ensure_future(run_in_threadpool(work, *arguments))
-    try:
-        await asyncio.shield(future)
-    except asyncio.CancelledError:
-        while not future.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({future})
-        future.exception()  # looked at; who comes next finds out by himself
-        raise
-
-
-class _Checksum:
-    """The checksum that a part of an upload came with."""
-
-    def __init__(self, algorithm: str, expected: bytes) -> None:
-        self._digest = hashlib.new(algorithm, usedforsecurity=False)
-        self._expected = expected
-
-    @classmethod
-    def of(cls, request: Request) -> _Checksum | None:
-        header = request.headers.get("upload-checksum")
-        if header is None:
-            return None
-        algorithm, _, encoded = header.partition(" ")
-        if algorithm not in _CHECKSUMS:
-            raise HTTPException(400, f"Upload-Checksum must be one of {', '.join(_CHECKSUMS)}")
-        try:
-            return cls(algorithm, base64.b64decode(encoded, validate=True))
-        except (binascii.Error, ValueError):
-            raise HTTPException(400, "Upload-Checksum is not base64") from None
-
-    def update(self, data: bytes) -> None:
-        self._digest.update(data)
-
-    def holds(self) -> bool:
-        return hmac.compare_digest(self._digest.digest(), self._expected)
-
-
-async def _blocks(request: Request) -> AsyncIterator[bytes]:
-    """The body in blocks that are worth a write; at a cut, what has come before it is handed out first."""
-    pending: list[bytes] = []
-    size = 0
-    try:
-        async for part in request.stream():
-            pending.append(part)
-            size += len(part)
-            if size >= _WRITE_BYTES:
-                yield b"".join(pending)
-                pending, size = [], 0
-    except (ClientDisconnect, asyncio.CancelledError):
-        if pending:
-            yield b"".join(pending)
-        raise
-    if pending:
-        yield b"".join(pending)
+                await in_thread(self._storage.finish, found)
 
 
 def _check_version(request: Request) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ml_debugger.collector.keys import KeyRing
 from ml_debugger.errors import InvalidInputError
 from ml_debugger.uploading.endpoint import is_loopback
 
+if TYPE_CHECKING:
+    from ml_debugger.collector.running import CollectorServer
+
 DEFAULT_PORT = 8420
 DEFAULT_STORAGE = "mld_collected"
+_GRACE_S = 5.0
 
 
 def serve(
@@ -23,7 +27,11 @@ def serve(
     keys: KeyRing | None = None,
     on_ready: Callable[[str], object] | None = None,
 ) -> None:
-    """Run a collector until SIGINT or SIGTERM.
+    """Run a collector until SIGINT or SIGTERM; then it returns.
+
+    Blocks. What is on its way in has some seconds to arrive, after a second signal none; what has arrived of
+    the rest stays, and its upload goes on when a collector runs again. In the main thread the handlers of the
+    two signals are its own meanwhile; in another thread nothing but the end of the process ends it.
 
     Args:
         host: Address to listen on.
@@ -43,39 +51,32 @@ def serve(
             f"a collector on {host} can be reached by others and needs keys",
             "set MLD_API_KEYS or name a keys file, or listen on 127.0.0.1",
         )
-    server, url, listener = make_server(host, port, storage, ring)
+    server, _, listener = make_server(host, port, storage, ring, on_ready)
     with listener:
-        # Said when it runs: from then on a signal ends it in order.
-        server.on_started = None if on_ready is None else lambda: on_ready(url)
         server.run(sockets=[listener])
 
 
 def make_server(
-    host: str, port: int, storage: str | os.PathLike[str], keys: KeyRing
-) -> tuple[Any, str, socket.socket]:
+    host: str,
+    port: int,
+    storage: str | os.PathLike[str],
+    keys: KeyRing,
+    on_ready: Callable[[str], object] | None = None,
+) -> tuple[CollectorServer, str, socket.socket]:
     """A server that is bound and does not run yet, its URL and its socket.
 
     Raises:
         As `serve`.
     """
     try:
-        import uvicorn
-
         from ml_debugger.collector.app import Collector
+        from ml_debugger.collector.running import CollectorServer
     except ImportError as error:
         raise InvalidInputError(
             f"the collector needs a package that is not installed ({error.name})",
             'pip install "ml-debugger[server]"',
         ) from error
     from ml_debugger.collector.storage import Storage
-
-    class Server(uvicorn.Server):
-        on_started: Callable[[], None] | None = None
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
-            if self.on_started is not None:
-                self.on_started()
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -85,17 +86,12 @@ def make_server(
             f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
             "choose another host or port",
         ) from error
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{listener.getsockname()[1]}"
+    said = None if on_ready is None else lambda: on_ready(url)
     try:
-        config = uvicorn.Config(
-            Collector(Storage(storage), keys).app(),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
-        )
+        server = CollectorServer(Collector(Storage(storage), keys), grace_s=_GRACE_S, on_started=said)
     except BaseException:
         listener.close()
         raise
-    shown = f"[{host}]" if ":" in host else host
-    return Server(config), f"http://{shown}:{listener.getsockname()[1]}", listener
+    return server, url, listener

@@ -12,13 +12,13 @@ import shutil
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from ml_debugger.errors import CorruptDataError, InvalidInputError
+from ml_debugger.errors import CorruptDataError, InvalidInputError, UploadError
 from ml_debugger.store import layout
-from ml_debugger.uploading.endpoint import parse_endpoint
+from ml_debugger.uploading.endpoint import Endpoint, parse_endpoint, shown_endpoint
 from ml_debugger.uploading.retry import RetryPolicy
 from ml_debugger.uploading.transports import Item, open_transport
 from ml_debugger.uploading.transports.folder import FolderTransport
@@ -76,6 +76,90 @@ class Upload:
     is_done: bool = False
 
 
+def parse_storage(place: str | os.PathLike[str]) -> Endpoint:
+    """Judge where a collector is to keep its files.
+
+    Raises:
+        InvalidInputError: It is neither a folder nor an object store.
+    """
+    try:
+        endpoint = parse_endpoint(os.fspath(place), has_key=False)
+    except UploadError as error:
+        raise _not_storage(place) from error
+    if endpoint.kind not in ("folder", "objects"):
+        raise _not_storage(place)
+    return endpoint
+
+
+def _not_storage(place: str | os.PathLike[str]) -> InvalidInputError:
+    return InvalidInputError(
+        f"storage must be a folder or an object store, got {shown_endpoint(os.fspath(place))!r}",
+        "name a folder, or s3://, gs:// or az:// with a bucket and a path",
+    )
+
+
+class Part:
+    """What has arrived of an upload, open at its end. What is appended is hashed on the way.
+
+    So a slice that came in one go, or in several to one process, is not read again to be verified.
+    """
+
+    def __init__(self, path: Path, running: Running) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._begin = os.fstat(self._descriptor).st_size
+        self._running = running
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        os.close(self._descriptor)
+
+    def append(self, data: bytes) -> None:
+        """Write all of ``data`` behind what is there.
+
+        Raises:
+            OSError: The disk does not take it; a part of it may be there.
+        """
+        at = os.fstat(self._descriptor).st_size
+        with memoryview(data) as view:
+            written = 0
+            while written < len(view):
+                written += os.write(self._descriptor, view[written:])
+        if self._running.length_bytes == at:
+            self._running.update(data)
+
+    def undo(self) -> None:
+        """Take away what was appended since it was opened."""
+        os.ftruncate(self._descriptor, self._begin)
+        if self._running.length_bytes > self._begin:
+            self._running.reset()
+
+
+class Running:
+    """The SHA-256 of the first bytes of an upload."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Of none."""
+        self._digest = hashlib.sha256()
+        self.length_bytes = 0
+
+    def update(self, data: bytes) -> None:
+        """Take in the bytes that follow."""
+        self._digest.update(data)
+        self.length_bytes += len(data)
+
+    def of_all(self, file: IO[bytes]) -> str:
+        """Hex digest of a file that begins with what was taken in; only the rest is read."""
+        file.seek(self.length_bytes)
+        while block := file.read(_HASH_STEP_BYTES):
+            self.update(block)
+        return self._digest.hexdigest()
+
+
 class Storage:
     """The files of a collector.
 
@@ -90,11 +174,7 @@ class Storage:
     """
 
     def __init__(self, place: str | os.PathLike[str], uploads_dir: Path | None = None) -> None:
-        endpoint = parse_endpoint(os.fspath(place), has_key=False)
-        if endpoint.kind not in ("folder", "objects"):
-            raise InvalidInputError(
-                f"storage must be a folder or an object store, got {os.fspath(place)!r}", "name a folder"
-            )
+        endpoint = parse_storage(place)
         self.shown = endpoint.address
         transport = open_transport(endpoint, None, RetryPolicy())
         assert isinstance(transport, (FolderTransport, ObjectTransport))
@@ -106,11 +186,15 @@ class Storage:
         self._usage_path = self.uploads_dir / "usage.json"
         self._usage = self._read_usage()
         self._uploads: dict[str, Upload] = {}
+        self._running: dict[str, Running] = {}
         self._beginning = threading.Lock()
         for path in self.uploads_dir.glob("*.upload"):
             with contextlib.suppress(CorruptDataError, TypeError):
                 document = layout.read_json(path) or {}
                 upload = Upload(**document)
+                if not upload.is_done and not self._part(upload).exists():
+                    # Killed between giving a slice its place and writing that down, or nothing has arrived.
+                    upload = replace(upload, is_done=self.transport.has(upload.path))
                 self._uploads[upload.number] = upload
         for left in self.uploads_dir.glob("export-*"):  # a download that a dead process was preparing
             shutil.rmtree(left, ignore_errors=True)
@@ -148,9 +232,9 @@ class Storage:
         """How much has arrived: the file tells, so it is true after any crash."""
         return upload.length_bytes if upload.is_done else self._part(upload).stat().st_size
 
-    def open_part(self, upload: Upload) -> IO[bytes]:
-        """What has arrived, open for appending."""
-        return open(self._part(upload), "r+b")
+    def open_part(self, upload: Upload) -> Part:
+        """What has arrived, open for appending by one user at a time."""
+        return Part(self._part(upload), self._running.setdefault(upload.number, Running()))
 
     def finish(self, upload: Upload) -> None:
         """Verify an upload that has all its bytes, and give it its place.
@@ -162,10 +246,7 @@ class Storage:
         part = self._part(upload)
         is_new = not self.transport.has(upload.path)
         with open(part, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(_HASH_STEP_BYTES):
-                digest.update(block)
-            if digest.hexdigest() != upload.sha256:
+            if self._running.pop(upload.number, Running()).of_all(file) != upload.sha256:
                 self.forget(upload)
                 raise ChecksumError(f"{upload.path} arrived with another SHA-256")
             if isinstance(self.transport, FolderTransport):
@@ -173,15 +254,19 @@ class Storage:
             else:
                 self.transport.send(_item(upload, file))
                 part.unlink()
+        # Kept for a while: a client whose answer was lost asks where it stands. It counts from now on, even
+        # if the disk has no room to note that.
+        upload = replace(upload, is_done=True)
+        self._uploads[upload.number] = upload
         if is_new:
             self._usage[upload.key_name] = self._usage.get(upload.key_name, 0) + upload.length_bytes
             layout.write_json(self._usage_path, {"format_version": 1, "bytes": self._usage})
-        # Kept for a while: a client whose answer was lost asks where it stands.
-        self._keep(Upload(**{**asdict(upload), "is_done": True}))
+        self._keep(upload)
 
     def forget(self, upload: Upload) -> None:
         """Drop what has arrived of an upload."""
         self._uploads.pop(upload.number, None)
+        self._running.pop(upload.number, None)
         for path in (self._part(upload), self._record(upload)):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
@@ -211,9 +296,16 @@ class Storage:
                 is_stale = True
             if is_stale:
                 self.forget(upload)
+        for path in self.uploads_dir.glob(
+            "*.part"
+        ):  # of a process that was killed before it wrote down whose
+            with contextlib.suppress(FileNotFoundError):
+                if path.stem not in self._uploads and path.stat().st_mtime < limit:
+                    path.unlink()
 
     def _keep(self, upload: Upload) -> None:
-        layout.write_json(self._record(upload), asdict(upload))
+        # Not durable: after a power cut its client begins anew, and what has its place is found there.
+        layout.write_json(self._record(upload), asdict(upload), durable=False)
         self._uploads[upload.number] = upload
 
     def _part(self, upload: Upload) -> Path:

@@ -28,9 +28,9 @@ _UNIX = 3
 
 
 class MemberWriter:
-    """One open member. The SHA-256 is computed beside the writing, on another thread."""
+    """One open member. Its SHA-256, if it gets one, is computed beside the writing, on another thread."""
 
-    def __init__(self, member: IO[bytes], hasher: ThreadPoolExecutor) -> None:
+    def __init__(self, member: IO[bytes], hasher: ThreadPoolExecutor | None) -> None:
         self._member = member
         self._hasher = hasher
         self._sha256 = hashlib.sha256()
@@ -49,8 +49,9 @@ class MemberWriter:
         view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
         if not view.size:
             return
-        self._wait()
-        self._hashed = self._hasher.submit(self._sha256.update, view.data)
+        if self._hasher is not None:
+            self._wait()
+            self._hashed = self._hasher.submit(self._sha256.update, view.data)
         self._member.write(view.data)
         self.length_bytes += view.nbytes
 
@@ -66,20 +67,25 @@ class MemberWriter:
 
 
 class NpyZipWriter:
-    """Writes the members of an archive; use as a context manager, `close` writes the directory."""
+    """Writes the members of an archive; use as a context manager, its end writes the directory.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        """``file`` is open for writing, seekable and empty."""
+    Args:
+        file: Open for writing, seekable and empty.
+        hashes: Whether members are hashed; if not, ``members`` stays empty.
+    """
+
+    def __init__(self, file: IO[bytes], *, hashes: bool = True) -> None:
         self._file = file
         self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._hasher = ThreadPoolExecutor(1, "ml-debugger-sha256")
+        self._hasher = ThreadPoolExecutor(1, "ml-debugger-sha256") if hashes else None
         self.members: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> NpyZipWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._hasher.shutdown()
+        if self._hasher is not None:
+            self._hasher.shutdown()
         if error is None:
             self._zip.close()
             return
@@ -94,7 +100,8 @@ class NpyZipWriter:
             writer = MemberWriter(stream, self._hasher)
             yield writer
             digest = writer.sha256()
-        self.members[name] = {"sha256": digest, "bytes": writer.length_bytes}
+        if self._hasher is not None:
+            self.members[name] = {"sha256": digest, "bytes": writer.length_bytes}
 
     def write_array(self, name: str, array: Array) -> None:
         """Append an array as one npy member."""

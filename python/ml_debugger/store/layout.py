@@ -451,11 +451,18 @@ def make_directory(path: Path) -> None:
             raise NotADirectoryError(f"{path} is not a directory")
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Replace ``path`` (mode 0600), atomic and durable: temporary file, fsync, rename, directory fsync."""
-    with _storage_errors(f"write {path}"), _temporary_json(path, document) as temporary:
+def write_json(path: Path, document: dict[str, Any], *, durable: bool = True) -> None:
+    """Replace ``path`` (mode 0600), atomic and durable: temporary file, fsync, rename, directory fsync.
+
+    Args:
+        path: The file.
+        document: Its content.
+        durable: False: no fsync, for what may be lost, or found empty, after a power cut.
+    """
+    with _storage_errors(f"write {path}"), _temporary_json(path, document, durable=durable) as temporary:
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        if durable:
+            sync_directory(path.parent)
 
 
 def _create_json(path: Path, document: dict[str, Any]) -> bool:
@@ -474,14 +481,15 @@ def _create_json(path: Path, document: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary_json(path: Path, document: dict[str, Any]) -> Iterator[Path]:
+def _temporary_json(path: Path, document: dict[str, Any], *, durable: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             json.dump(document, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         yield temporary
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -51,7 +51,9 @@ def parse_endpoint(text: str | None, *, has_key: bool) -> Endpoint:
             clear.
     """
     if not text:
-        raise UploadError("there is no endpoint to upload to", "pass api_endpoint or set MLD_API_ENDPOINT")
+        raise UploadError(
+            "there is no endpoint to upload to", "set MLD_API_ENDPOINT, or name it: api_endpoint, --endpoint"
+        )
     if "\0" in text:
         raise UploadError("the endpoint holds a NUL character", f"name {_KNOWN}")
     if "://" not in text:
@@ -106,7 +108,9 @@ def _folder(url: SplitResult, text: str) -> Endpoint:
 def _web(url: SplitResult, text: str, has_key: bool) -> Endpoint:
     shown = shown_endpoint(text)
     if "@" in url.netloc:
-        raise UploadError(f"the endpoint {shown!r} holds a user or a password", "pass the key as api_key")
+        raise UploadError(
+            f"the endpoint {shown!r} holds a user or a password", "give the key as MLD_API_KEY or api_key"
+        )
     if url.query or url.fragment or not url.hostname or any(c.isspace() or ord(c) < 32 for c in text):
         raise UploadError(
             f"the endpoint {shown!r} must be scheme, host and path", "write https://host[:port]/path/"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from ml_debugger.uploading.backlog import Backlog
 from ml_debugger.uploading.documents import Documents
 from ml_debugger.uploading.endpoint import Endpoint, folder_of
 from ml_debugger.uploading.ledger import Entry, Ledger, runs_of
+from ml_debugger.uploading.slice_memory import SliceMemory
 from ml_debugger.uploading.slices import Slice, SliceDraft, cut_slice
 from ml_debugger.uploading.transports import Item, Transport
 
@@ -168,8 +170,11 @@ class RankUpload:
 
     def _send_backlog(self, n_epoch: int | None, tail_age_s: float) -> None:
         try:
-            with ThreadPoolExecutor(1, "ml-debugger-cut") as cutter:
-                self._send_drafts(self._backlog.drafts(n_epoch, tail_age_s=tail_age_s), cutter)
+            with (
+                contextlib.closing(SliceMemory()) as memory,
+                ThreadPoolExecutor(1, "ml-debugger-cut") as cutter,
+            ):
+                self._send_drafts(self._backlog.drafts(n_epoch, tail_age_s=tail_age_s), cutter, memory)
         except VanishedError:
             # Dropped under us. What else was committed comes with the next look.
             if tail_age_s == 0:
@@ -178,13 +183,16 @@ class RankUpload:
             self._is_loaded = False  # calls count as covered before they are sent; the ledger knows better
             raise
 
-    def _send_drafts(self, drafts: Iterator[SliceDraft], cutter: ThreadPoolExecutor) -> None:
+    def _send_drafts(
+        self, drafts: Iterator[SliceDraft], cutter: ThreadPoolExecutor, memory: SliceMemory
+    ) -> None:
         """While one slice travels, the next one is cut."""
         ahead: deque[tuple[SliceDraft, Future[Slice | None]]] = deque()
         try:
             for draft in drafts:
                 self._backlog.cover_keys(draft.ref.epoch, draft.ref.attempt, draft.keys)
-                ahead.append((draft, cutter.submit(self._cut, draft, *self._prepare(draft.ref.attempt))))
+                prepared = self._prepare(draft.ref.attempt)
+                ahead.append((draft, cutter.submit(self._cut, draft, *prepared, memory)))
                 if len(ahead) > 1:
                     self._send_next(ahead)
             while ahead:
@@ -199,10 +207,16 @@ class RankUpload:
         if piece is not None:
             self._send(piece, draft, None, None)
 
-    def _cut(self, draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, Any]) -> Slice | None:
+    def _cut(
+        self,
+        draft: SliceDraft,
+        info: layout.VersionInfo,
+        attempt: dict[str, Any],
+        memory: SliceMemory | None = None,
+    ) -> Slice | None:
         """Cut a slice; None if its rows were dropped meanwhile."""
         try:
-            return cut_slice(draft, info, attempt, self._ledger.directory)
+            return cut_slice(draft, info, attempt, self._ledger.directory, memory)
         except VanishedError:
             return None
         except OSError as error:

@@ -8,7 +8,6 @@ another one.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,13 +25,17 @@ from ml_debugger.exporting import manifest
 from ml_debugger.exporting.npy_zip import NpyZipWriter
 from ml_debugger.store import layout
 from ml_debugger.trace.catalog import SegmentRef
+from ml_debugger.trace.dtypes import Array
 from ml_debugger.trace.header import INLINE, Call, Gap, HeaderDecoder
 from ml_debugger.trace.slice_file import CHUNKS, HEADER_ENDS, HEADERS, KEYS
+from ml_debugger.uploading.slice_memory import MemoryFile, SliceMemory
 
 SLICE_BYTES = 32 << 20
 MAX_CALLS = 1 << 14
 _STEP_BYTES = 8 << 20
 _IN_MEMORY_BYTES = 96 << 20
+# Beside headers and chunks: keys, ends, the ZIP's own headers, the manifest. A longer one makes it grow.
+_AROUND_BYTES = 16 * MAX_CALLS + (64 << 10)
 _ATTEMPT_SHIFT = 36
 _HASH_STEP_BYTES = 1 << 20
 
@@ -139,7 +142,13 @@ def decoder_of(ref: SegmentRef) -> HeaderDecoder:
     return HeaderDecoder(ref.rank, ref.epoch, ref.attempt, ref.sequence)
 
 
-def cut_slice(draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, Any], spool_dir: Path) -> Slice:
+def cut_slice(
+    draft: SliceDraft,
+    info: layout.VersionInfo,
+    attempt: dict[str, Any],
+    spool_dir: Path,
+    memory: SliceMemory | None = None,
+) -> Slice:
     """Write a slice.
 
     Memory: the slice, up to 96 MiB; a larger one (of one huge call) goes through a file in ``spool_dir``.
@@ -149,26 +158,29 @@ def cut_slice(draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, An
         info: The version that it belongs to.
         attempt: The entry of the attempt in the endpoint's `attempts.json`; the headers get its number.
         spool_dir: An existing directory.
+        memory: Where slices before it were cut; None: memory of its own.
 
     Raises:
         VanishedError: The rows have been dropped.
         CorruptDataError: Stored bytes are not what was written.
         OSError: ``spool_dir`` cannot be written to.
     """
+    memory = SliceMemory() if memory is None else memory
     keys, headers, reads, chunk_bytes = _relocate(draft, int(attempt["attempt"]))
-    file = _memory_file() if draft.payload_bytes <= _IN_MEMORY_BYTES else _disk_file(spool_dir)
+    size = chunk_bytes + sum(map(len, headers)) + _AROUND_BYTES
+    file = memory.file(size) if size <= _IN_MEMORY_BYTES else _disk_file(spool_dir)
     try:
-        with NpyZipWriter(file) as archive:
+        # The file's name holds its SHA-256, and each chunk has a checksum: members need none of their own.
+        with NpyZipWriter(file, hashes=False) as archive:
             archive.write_array(KEYS, np.array(keys, np.uint64))
             archive.write_array(HEADER_ENDS, np.cumsum([len(header) for header in headers], dtype=np.int64))
             archive.write_array(HEADERS, np.frombuffer(b"".join(headers), np.uint8))
             with archive.member(CHUNKS) as member:
                 member.write_npy_header(np.dtype(np.uint8), (chunk_bytes,))
-                for block in _blocks(reads):
+                for block in _blocks(reads, file):
                     member.write(block)
-            document = _manifest(draft, info, attempt, archive.members)
             with archive.member(manifest.MANIFEST_NAME) as member:
-                member.write(manifest.encode(document))
+                member.write(manifest.encode(_manifest(draft, info, attempt)))
         length = file.seek(0, os.SEEK_END)
         name = layout.SliceName(
             int(attempt["attempt"]),
@@ -182,13 +194,6 @@ def cut_slice(draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, An
     except BaseException:
         file.close()
         raise
-
-
-def _memory_file() -> IO[bytes]:
-    """A file in memory; where the system has such, one that grows without being copied."""
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("ml-debugger-slice", os.MFD_CLOEXEC), "w+b")
-    return io.BytesIO()
 
 
 def _disk_file(directory: Path) -> IO[bytes]:
@@ -244,22 +249,25 @@ def _segment(draft: SliceDraft, call: int, sequence: int) -> Origin:
     return found
 
 
-def _blocks(reads: list[_Read]) -> Iterator[np.ndarray[Any, Any]]:
-    """The chunks in order. Segments are open for one step of some MiB only, so that a drop is not held up."""
+def _blocks(reads: list[_Read], file: IO[bytes]) -> Iterator[Array]:
+    """The chunks in order, each block where ``file`` has it next, if that is a file in memory.
+
+    Segments are open for one step of some MiB only, so that a drop is not held up.
+    """
     step: list[_Read] = []
     size = 0
     for read in reads:
         if step and size + read.length_bytes > _STEP_BYTES:
-            yield _read_step(step, size)
+            yield _read_step(step, size, file)
             step, size = [], 0
         step.append(read)
         size += read.length_bytes
     if step:
-        yield _read_step(step, size)
+        yield _read_step(step, size, file)
 
 
-def _read_step(step: list[_Read], size: int) -> np.ndarray[Any, Any]:
-    out = np.empty(size, np.uint8)
+def _read_step(step: list[_Read], size: int, file: IO[bytes]) -> Array:
+    out = file.reserve(size) if isinstance(file, MemoryFile) else np.empty(size, np.uint8)
     by_segment: dict[Origin, list[tuple[int, int, int, int]]] = {}
     offset = 0
     for read in step:
@@ -271,9 +279,7 @@ def _read_step(step: list[_Read], size: int) -> np.ndarray[Any, Any]:
     return out
 
 
-def _manifest(
-    draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, Any], members: dict[str, Any]
-) -> dict[str, Any]:
+def _manifest(draft: SliceDraft, info: layout.VersionInfo, attempt: dict[str, Any]) -> dict[str, Any]:
     # Enough to rebuild the trace's small files from slices alone, where an endpoint cannot keep those.
     return {
         "format_version": manifest.FORMAT_VERSION,
@@ -291,11 +297,13 @@ def _manifest(
             "payload_bytes": draft.payload_bytes,
             "discarded_rows": draft.discarded_rows,
         },
-        "members": members,
     }
 
 
 def _sha256(file: IO[bytes]) -> str:
+    if isinstance(file, MemoryFile):
+        with file.view() as view:
+            return hashlib.sha256(view).hexdigest()
     file.seek(0)
     digest = hashlib.sha256()
     while block := file.read(_HASH_STEP_BYTES):

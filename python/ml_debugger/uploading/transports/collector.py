@@ -22,6 +22,7 @@ class CollectorTransport(TusTransport):
     """
 
     keeps_documents = True
+    part_bytes = 256 << 20  # it keeps what has arrived before a cut
 
     def __init__(self, address: str, key: str | None, policy: RetryPolicy) -> None:
         super().__init__(f"{address}files/", key, policy)

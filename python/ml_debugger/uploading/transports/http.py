@@ -53,7 +53,7 @@ class HttpClient:
             if not key.isascii() or not key.isprintable() or " " in key:
                 raise UploadError(
                     "the key holds characters that no HTTP header can carry",
-                    "check MLD_API_KEY for a line break",
+                    "check MLD_API_KEY or api_key for blanks and line breaks",
                 )
             headers["Authorization"] = f"Bearer {key}"
         idle = min(_IDLE_TIMEOUT_S, policy.stall_timeout_s)
@@ -165,7 +165,8 @@ class HttpClient:
         message = f"{self._shown(url)} answered {status} to {method}" + (f": {said}" if said else "")
         if status in (401, 403):
             return AuthenticationError(
-                message, "check api_key or MLD_API_KEY" if self._key else "pass api_key or set MLD_API_KEY"
+                message,
+                "check the key in MLD_API_KEY or api_key" if self._key else "set MLD_API_KEY or pass api_key",
             )
         if 300 <= status < 400:
             return UploadError(

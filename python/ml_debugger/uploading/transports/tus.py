@@ -17,7 +17,7 @@ from ml_debugger.uploading.transports import Item
 from ml_debugger.uploading.transports.http import Answer, HttpClient
 
 TUS_VERSION = "1.0.0"
-CHUNK_BYTES = 8 << 20
+_PART_BYTES = 8 << 20
 _PIECE_BYTES = 256 << 10
 _GONE = (404, 410)
 # By preference; tus servers name what they know.
@@ -37,6 +37,7 @@ class TusTransport:
     """
 
     keeps_documents = False
+    part_bytes = _PART_BYTES  # of one request: what a server may lose when a link breaks
 
     def __init__(self, address: str, key: str | None, policy: RetryPolicy) -> None:
         self._policy = policy
@@ -171,7 +172,7 @@ class TusTransport:
 
     def _patch(self, url: str, item: Item, offset: int) -> int:
         """Send the next part; returns the offset behind it as the server says."""
-        end = min(offset + CHUNK_BYTES, item.length_bytes)
+        end = min(offset + self.part_bytes, item.length_bytes)
         headers = {
             "Tus-Resumable": TUS_VERSION,
             "Content-Type": "application/offset+octet-stream",

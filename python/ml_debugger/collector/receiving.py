@@ -1,0 +1,134 @@
+"""The body of an upload on its way to the disk: written and hashed on a thread while more of it arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hashlib
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from ml_debugger.collector.storage import ChecksumError, Part
+
+CHECKSUMS = ("sha256", "sha1")
+_BLOCK_BYTES = 1 << 20
+
+
+class Checksum:
+    """The checksum that a part of an upload came with."""
+
+    def __init__(self, algorithm: str, expected: bytes) -> None:
+        self._digest = hashlib.new(algorithm, usedforsecurity=False)
+        self._expected = expected
+
+    @classmethod
+    def of(cls, request: Request) -> Checksum | None:
+        """That of a request; None if it has none.
+
+        Raises:
+            HTTPException: It is malformed.
+        """
+        header = request.headers.get("upload-checksum")
+        if header is None:
+            return None
+        algorithm, _, encoded = header.partition(" ")
+        if algorithm not in CHECKSUMS:
+            raise HTTPException(400, f"Upload-Checksum must be one of {', '.join(CHECKSUMS)}")
+        try:
+            return cls(algorithm, base64.b64decode(encoded, validate=True))
+        except (binascii.Error, ValueError):
+            raise HTTPException(400, "Upload-Checksum is not base64") from None
+
+    def update(self, data: bytes) -> None:
+        """Take in what follows."""
+        self._digest.update(data)
+
+    def holds(self) -> bool:
+        """Whether what was taken in has it."""
+        return hmac.compare_digest(self._digest.digest(), self._expected)
+
+
+async def receive(request: Request, part: Part, room_bytes: int, checksum: Checksum | None) -> int:
+    """Append a request's body to a part; returns how many bytes it was.
+
+    What has come before a cut stays, unless it came with a checksum of its own.
+
+    Raises:
+        HTTPException: It is longer than ``room_bytes``.
+        ChecksumError: It has another checksum.
+        ClientDisconnect: The client is gone.
+        OSError: The disk does not take it.
+    """
+    length = 0
+    is_sound = checksum is None
+    writing: asyncio.Future[None] | None = None
+
+    def append(block: bytes) -> None:
+        part.append(block)
+        if checksum is not None:
+            checksum.update(block)
+
+    try:
+        async for block in _blocks(request):
+            if length + len(block) > room_bytes:
+                raise HTTPException(413, f"more than the {room_bytes} bytes that were announced")
+            if writing is not None:
+                await to_its_end(writing)
+            writing = asyncio.ensure_future(run_in_threadpool(append, block))
+            length += len(block)
+        if writing is not None:
+            await to_its_end(writing)
+        is_sound = is_sound or (checksum is not None and checksum.holds())
+    finally:
+        if writing is not None:
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await to_its_end(writing)
+        if not is_sound:
+            part.undo()
+    if not is_sound:
+        raise ChecksumError("this part arrived with another checksum")
+    return length
+
+
+async def to_its_end(work: Awaitable[Any]) -> None:
+    """Wait for work in a thread; a task that is cancelled meanwhile ends when the work has ended."""
+    future = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({future})
+        future.exception()  # looked at; who comes next finds out by himself
+        raise
+
+
+async def in_thread(work: Callable[..., object], *arguments: Any) -> None:
+    """Do something in a thread, to its end."""
+    await to_its_end(run_in_threadpool(work, *arguments))
+
+
+async def _blocks(request: Request) -> AsyncIterator[bytes]:
+    """The body in blocks that are worth a write; at a cut, what has come before it is handed out first."""
+    pending: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            pending.append(part)
+            size += len(part)
+            if size >= _BLOCK_BYTES:
+                yield b"".join(pending)
+                pending, size = [], 0
+    except (ClientDisconnect, asyncio.CancelledError):
+        if pending:
+            yield b"".join(pending)
+        raise
+    if pending:
+        yield b"".join(pending)
