@@ -37,7 +37,9 @@ class Hosts:
         self.links = [f"mld{os.getpid() % 100000}v{number}" for number in (1, 2)]
         self._processes: list[subprocess.Popen[Any]] = []
 
-    def start(self, host: int, command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[Any]:
+    def start(
+        self, host: int, command: list[str], environment: dict[str, str], log: Path
+    ) -> subprocess.Popen[Any]:
         """Run a command on a host (1 or 2)."""
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts import COLLECTOR_PORT, RENDEZVOUS_PORT, TUNNEL_PORT, can_make_hosts, two_hosts, wait_for_text
-from test_torchrun import PROGRAM, check_is_the_dataset
-from torchrun_program import EPOCHS
 
+from hosts import COLLECTOR_PORT, RENDEZVOUS_PORT, TUNNEL_PORT, can_make_hosts, two_hosts, wait_for_text
 from ml_debugger import open_trace
 from ml_debugger.store import layout
 from ml_debugger.store.merging import merge_data_dirs
 from ml_debugger.trace.verify import verify_trace
+from test_torchrun import PROGRAM, check_is_the_dataset
+from torchrun_program import EPOCHS
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
 RANKS_A_HOST = 2
@@ -41,7 +41,11 @@ def test_two_hosts_with_their_own_disks_read_as_one_trace(tmp_path: Path) -> Non
             command += [f"--rdzv-endpoint=10.77.0.1:{RENDEZVOUS_PORT}", f"--local-addr=10.77.0.{number}"]
             command += [f"--rdzv-conf=is_host={number == 1},join_timeout=120"]
             command += [str(PROGRAM), "hosts", str(tmp_path / f"host-{number}")]
-            settings = {"MLD_API_ENDPOINT": f"http://127.0.0.1:{COLLECTOR_PORT}", "OMP_NUM_THREADS": "1", **key}
+            settings = {
+                "MLD_API_ENDPOINT": f"http://127.0.0.1:{COLLECTOR_PORT}",
+                "OMP_NUM_THREADS": "1",
+                **key,
+            }
             jobs.append(hosts.start(number, command, settings, tmp_path / f"job-{number}.log"))
         for number, job in enumerate(jobs, 1):
             assert job.wait(DEADLINE_S) == 0, (tmp_path / f"job-{number}.log").read_text()[-4000:]

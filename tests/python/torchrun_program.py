@@ -29,7 +29,9 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Identity(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
-def train_epoch(model: nn.Module, tracer: object, epoch: int, batch_size: int = BATCH, die_at: int | None = None) -> None:
+def train_epoch(
+    model: nn.Module, tracer: object, epoch: int, batch_size: int = BATCH, die_at: int | None = None
+) -> None:
     """Train with gradients that are exchanged every second step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sampler: DistributedSampler[object] = DistributedSampler(dataset(), shuffle=True, seed=1)
