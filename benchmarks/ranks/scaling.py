@@ -1,10 +1,10 @@
 """Question: does recording cost a rank more when there are more ranks on the machine?
 
 Method: n processes (1, 2, 4, 8), each a rank with a tracer of its own in one data directory, train a small
-model; steps come in blocks of 30, traced or not in random order, each drained inside its timed block. A rank's
-figure is the median block of each kind; what is compared is CPU seconds (of all threads of the process), since
-with more ranks than cores wall time measures how the kernel shares the cores. The ratio is traced to untraced,
-the median over ranks.
+model; steps come in blocks of 30, traced or not in random order, each drained inside its timed block. A
+rank's figure is the median block of each kind; what is compared is CPU seconds (of all threads of the
+process), since with more ranks than cores wall time measures how the kernel shares the cores. The ratio is
+traced to untraced, the median over ranks.
 Excluded: communication between ranks, and disks of more than one machine.
 
     python -m benchmarks.ranks.scaling --ranks 1 2 4 8
@@ -107,8 +107,8 @@ def main() -> None:
         cpu = statistics.median(one["traced_cpu_s"] / one["untraced_cpu_s"] for one in found)
         wall = statistics.median(one["traced_wall_s"] / one["untraced_wall_s"] for one in found)
         print(
-            f"| {ranks} | {1e3 * median('untraced_cpu_s'):.2f} | {1e3 * median('traced_cpu_s'):.2f} | {cpu:.3f} | "
-            f"{wall:.3f} | {sum(one['rows_lost'] for one in found)} |",
+            f"| {ranks} | {1e3 * median('untraced_cpu_s'):.2f} | {1e3 * median('traced_cpu_s'):.2f} | "
+            f"{cpu:.3f} | {wall:.3f} | {sum(one['rows_lost'] for one in found)} |",
             flush=True,
         )
 

@@ -23,6 +23,7 @@ inline constexpr const char* kDataFile = "data.mdb";
 inline constexpr const char* kLockFile = "writer.lock";
 inline constexpr const char* kStatusFile = "status.json";
 inline constexpr const char* kFlushRequestFile = "flush.request";
+inline constexpr const char* kTakenRequestFile = "flush.taken";
 
 inline constexpr std::int64_t kNoEpoch = -1;
 

@@ -120,8 +120,8 @@ class Runtime {
   Writer writer_;
   std::optional<Clock::time_point> retry_at_;
   Clock::time_point status_written_{};
-  std::uint64_t requested_position_ =
-      0;  // a request from outside waits for what was published here
+  // What was published before it is waited for by somebody in another process.
+  std::uint64_t requested_position_ = 0;
   std::thread thread_;
 };
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <new>
 #include <string>
@@ -387,9 +388,13 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept try 
 bool Writer::answer_requests() noexcept {
   bool answered = false;
   for (auto& [id, track] : tracks_) {
-    const std::string request = track.attempt->store().directory() + "/" + kFlushRequestFile;
-    if (unlink(request.c_str()) != 0) continue;
-    write_status(track.attempt->store(), true);
+    const StoreState& store = track.attempt->store();
+    const std::string request = store.directory() + "/" + kFlushRequestFile;
+    const std::string taken = store.directory() + "/" + kTakenRequestFile;
+    // A request that comes from here on is another one.
+    if (rename(request.c_str(), taken.c_str()) != 0) continue;
+    write_status(store, true);
+    unlink(taken.c_str());
     answered = true;
   }
   return answered;

@@ -59,8 +59,9 @@ class Writer {
   void write_status(const StoreState& store, bool recording) noexcept;
   // The same for every store whose counters have moved since.
   void write_changed_status() noexcept;
-  // Whether somebody in another process asks a store for its counters and a commit: then the status
-  // is written after the request was taken away, so that who asked knows it for a newer one.
+  // Whether somebody in another process asks a store for its counters and a commit. The request is
+  // taken, the status written, and then the taken one deleted: who asked and finds neither knows
+  // the status for a newer one.
   bool answer_requests() noexcept;
 
  private:

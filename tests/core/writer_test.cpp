@@ -326,6 +326,7 @@ TEST(writer_answers_a_request_with_a_status_that_is_newer) {
   mld::replace_file(directory / "flush.request", "");
   CHECK(writer.answer_requests());
   CHECK(!mld::path_exists(directory / "flush.request"));
+  CHECK(!mld::path_exists(directory / "flush.taken"));
   const std::string status = support::read_file(directory / "status.json");
   CHECK(status.find("\"rows_submitted\": 2, ") != std::string::npos);
   CHECK(status.find("\"rows_in_flight\": 2, ") != std::string::npos);

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts import COLLECTOR_PORT, RENDEZVOUS_PORT, TUNNEL_PORT, can_make_hosts, two_hosts, wait_for_text
-from test_torchrun import PROGRAM, check_is_the_dataset
-from torchrun_program import EPOCHS
 
+from hosts import COLLECTOR_PORT, RENDEZVOUS_PORT, TUNNEL_PORT, can_make_hosts, two_hosts, wait_for_text
 from ml_debugger import open_trace
 from ml_debugger.store import layout
 from ml_debugger.store.merging import merge_data_dirs
 from ml_debugger.trace.verify import verify_trace
+from test_torchrun import PROGRAM, check_is_the_dataset
+from torchrun_program import EPOCHS
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
 RANKS_A_HOST = 2

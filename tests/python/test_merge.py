@@ -93,12 +93,14 @@ def test_ranks_of_two_nodes_read_as_one_trace(record: Record, tmp_path: Path) ->
     assert [tree(source) for source in sources] == before
 
 
-def test_verify_names_the_ranks_that_a_merge_brings(record: Record, tmp_path: Path) -> None:
+def test_verify_and_info_name_the_ranks_that_left_nothing_here(record: Record, tmp_path: Path) -> None:
     (directory,) = record("a", 0, world=3).glob("*/*")
     report = verify_trace(directory)
     assert report.missing_ranks == [1, 2]
-    (problem,) = report.problems
-    assert problem.problem.startswith("ranks 1, 2 of the newest job")
+    assert report.ok
+    verify = CliRunner().invoke(cli, ["verify", "net", "v1", "--data-dir", str(tmp_path / "a")])
+    assert verify.exit_code == 0
+    assert "missing: ranks 1, 2 of the newest job" in verify.output
     info = CliRunner().invoke(cli, ["info", "net", "v1", "--json", "--data-dir", str(tmp_path / "a")])
     assert json.loads(info.output)["missing_ranks"] == [1, 2]
 

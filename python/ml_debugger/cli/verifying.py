@@ -10,6 +10,7 @@ import click
 from ml_debugger.cli.options import json_option, trace_arguments
 from ml_debugger.cli.output import human_bytes, print_json, shown
 from ml_debugger.store import layout
+from ml_debugger.store.job_ranks import named
 
 
 @click.command()
@@ -34,6 +35,8 @@ def verify(ctx: click.Context, model: str, version: str, data_dir: Path, as_json
     else:
         for problem in report.problems:
             click.echo(shown(f"damage: {problem.path}: {problem.problem}"))
+        if report.missing_ranks:
+            click.echo(f"missing: {named(report.missing_ranks)} of the newest job left nothing here")
         count = len(report.problems)
         found = f"{count} problem{'s' if count > 1 else ''}" if count else "sound"
         click.echo(

@@ -19,7 +19,8 @@ from ml_debugger.job import Job
 from ml_debugger.store import layout
 from ml_debugger.store.status import is_writing, read_status
 
-FLUSH_REQUEST_FILE = "flush.request"
+_REQUEST_FILE = "flush.request"
+_TAKEN_FILE = "flush.taken"
 _POLL_S = 0.02
 _OWNER_TRIES = 5
 _NAMED = 8
@@ -163,7 +164,8 @@ class _OtherRank:
     def __init__(self, rank: int, rank_dir: Path, job: Job) -> None:
         self._rank = rank
         self._directory = rank_dir
-        self._request = rank_dir / FLUSH_REQUEST_FILE
+        self._request = rank_dir / _REQUEST_FILE
+        self._taken = rank_dir / _TAKEN_FILE
         self._job = job
         self._target: dict[int, int] | None = None  # rows that must be settled, by attempt; None: not known
         self._pid: int | None = None
@@ -182,14 +184,14 @@ class _OtherRank:
             status = read_status(self._directory)
             self._left = _in_flight(status) if self._is_of_job() else 0
             return self._left == 0
-        if self._target is None and self._request.exists():
+        if self._target is None and (self._request.exists() or self._taken.exists()):
             return False
         status = read_status(self._directory)
         if status is None:
             return False
         self._pid = status.get("pid")
         counters = {int(one["attempt"]): one for one in status["attempts"]}
-        if self._target is None:  # the request is gone: this status was written after it came
+        if self._target is None:  # the request was answered: this status is newer than it
             self._target = {attempt: int(one["rows_submitted"]) for attempt, one in counters.items()}
         left = [
             max(0, submitted - _settled_rows(counters[attempt]))

@@ -143,7 +143,9 @@ class Mover:
             raise _InterruptedMoveError
 
     def _finish(self) -> None:
-        with contextlib.suppress(OSError, MlDebuggerError):
+        with self._guard, contextlib.suppress(OSError, MlDebuggerError):
+            if self._rank_dir in self._movers:  # a later tracer of this process has taken over
+                return
             _remove_empty(self._place)
             if not self._place.exists():
                 entries = layout.staging_entries(self._rank_dir)
@@ -202,7 +204,8 @@ def _move_all(
 ) -> None:
     for path in _staged(place):
         if (path / layout.SEALED_FILE).exists():
-            _move(path, rank_dir / path.parent.name / path.name, lock, check)
+            with contextlib.suppress(FileNotFoundError):  # dropped while we looked
+                _move(path, rank_dir / path.parent.name / path.name, lock, check)
 
 
 def _move(

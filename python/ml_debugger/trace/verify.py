@@ -7,6 +7,7 @@ a segment at rest, by its offline verifier.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -21,7 +22,7 @@ import numpy as np
 from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, MlDebuggerError, NotFoundError
 from ml_debugger.store import layout
-from ml_debugger.store.job_ranks import missing_ranks, named
+from ml_debugger.store.job_ranks import missing_ranks
 from ml_debugger.store.status import is_writing
 from ml_debugger.store.survey import read_meta
 from ml_debugger.trace.dtypes import Array
@@ -58,7 +59,8 @@ class VerifyReport:
         bytes_checked: Their length.
         discarded_rows: Rows that the gaps name, which were lost while recording; no damage.
         attempts: Attempts that have rows.
-        missing_ranks: Ranks of the newest job that are not here; each is a problem too.
+        missing_ranks: Ranks of the newest job that left nothing here. No damage: they may record elsewhere,
+            or not at all.
         structure_checked: Whether the pages of LMDB's files were checked too (needs the package lmdb).
         problems: All damage; none means that the trace is sound.
     """
@@ -140,20 +142,8 @@ class _Verifier:
         for rank, rank_dir in ranks:
             attempts |= self._rank(rank, rank_dir)
         self.report.attempts = sorted(attempts)
-        self._ranks_of_job(trace_dir, [rank for rank, _ in ranks])
-
-    def _ranks_of_job(self, trace_dir: Path, present: list[int]) -> None:
-        try:
-            missing = missing_ranks(trace_dir, present)
-        except MlDebuggerError:  # a damaged attempts.json, which its rank has told of
-            return
-        self.report.missing_ranks = missing
-        if missing:
-            self._found(
-                trace_dir,
-                f"{named(missing)} of the newest job that recorded here is missing: it left nothing, was "
-                "lost, or recorded into another data_dir (`ml-debugger merge` puts directories together)",
-            )
+        with contextlib.suppress(MlDebuggerError):  # a damaged attempts.json, which its rank has told of
+            self.report.missing_ranks = missing_ranks(trace_dir, [rank for rank, _ in ranks])
 
     def _found(self, path: Path, problem: object) -> None:
         self.report.problems.append(Problem(str(path), str(problem)))
