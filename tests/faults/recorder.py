@@ -169,6 +169,7 @@ class Recorder:
                 {"features": "tap"},
                 additional_fields=[{"name": "call", "type": "int"}],
                 config=self._config,
+                **self._job.get("tracer", {}),
                 **kwargs,
             )
             if clock is not None:
