@@ -1,4 +1,4 @@
-"""kill -9 of tracers and uploaders at random times: what a trace holds arrives, bit for bit, and nothing hangs."""
+"""kill -9 of tracers and uploaders at random times: what a trace holds arrives, and nothing hangs."""
 
 from __future__ import annotations
 
