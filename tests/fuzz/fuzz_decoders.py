@@ -61,7 +61,10 @@ def fuzz(name: str, decoder: Any, seed: int, runs: int, seconds: float, keep: Pa
 
 def guided(name: str, seconds: int, folder: Path) -> None:
     """By coverage, until the time is over; ends the process."""
-    import atheris
+    try:
+        import atheris
+    except ImportError:
+        sys.exit("--guided needs the package atheris: pip install atheris")
 
     with atheris.instrument_imports(include=["ml_debugger"]):
         from decoders import decoders
