@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ROUNDS ?= 2000
+FUZZ_SECONDS ?= 60
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 NATIVE_FILES = $(shell find csrc tests/core tests/fake_cuda -name '*.h' -o -name '*.cpp')
@@ -17,7 +18,7 @@ export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 
-.PHONY: help build build-gpu test test-core test-python test-faults model matrix test-gpu bench-gpu bench bench-full bench-tools bench-ranks report instructions instructions-record soak demo asan tsan lint format types docs clean
+.PHONY: help build build-gpu test test-core test-python test-faults fuzz model matrix test-gpu bench-gpu bench bench-full bench-tools bench-ranks report instructions instructions-record soak demo asan tsan lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these words
@@ -40,11 +41,15 @@ test-core: build ## the tests of the C++ core
 	$(call core-tests,dev,core)
 
 test-python: build ## the tests of the Python package (ARGS="-k name" picks some)
-	@$(PYTEST) tests/python tests/faults $(ARGS)
+	@$(PYTEST) tests/python tests/faults tests/fuzz $(ARGS)
 
 test-faults: build ## the fault tests at length (ROUNDS=2000; about an hour), and their table in docs/reliability.md
 	@FAULT_ROUNDS=$(ROUNDS) FAULT_TABLE=docs/reliability.md $(PYTEST) --timeout=0 -o faulthandler_timeout=0 tests/faults $(ARGS)
 	@tests/model/check.sh
+
+fuzz: build ## mutants for every decoder of bytes from elsewhere, C++ under sanitizers (FUZZ_SECONDS=60 each)
+	$(call core-tests,asan,asan,FUZZ_SECONDS=$(FUZZ_SECONDS),fuzz)
+	@"$(PY)" -W ignore tests/fuzz/fuzz_decoders.py --seconds $(FUZZ_SECONDS) --runs 100
 
 model: ## search every run of the ring's protocol, with spin (a minute)
 	@tests/model/check.sh
@@ -120,10 +125,10 @@ define set-up
 	@"$(PYTHON)" -B scripts/bootstrap.py --for $(1)
 endef
 
-# $(1) preset, $(2) its folder in build/, $(3) prefix of the command. The closing line says how many passed.
+# $(1) preset, $(2) its folder in build/, $(3) prefix of the command, $(4) filter. The closing line says how many passed.
 define core-tests
 	@cmake --preset $(1) -DPython_EXECUTABLE="$(PY)" >build/$(2).log 2>&1 || { cat build/$(2).log; exit 1; }
 	@cmake --build --preset $(1) >build/$(2).log 2>&1 || { cat build/$(2).log; exit 1; }
 	@echo "core tests ($(1)):"
-	@$(3) build/$(2)/tests/core/core_tests $(FILTER)
+	@$(3) build/$(2)/tests/core/core_tests $(if $(4),$(4),$(FILTER))
 endef

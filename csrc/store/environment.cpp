@@ -125,10 +125,10 @@ std::shared_ptr<Environment> Environment::open(const std::string& directory, Acc
       environment->open_handle(directory, access, sync, map_bytes);
       environment->id_ = file_id(data_path);
     } catch (...) {
-      if (lock) lock.unlock();
+      if (lock.owns_lock()) lock.unlock();
       throw;
     }
-    if (!lock) lock.lock();
+    if (!lock.owns_lock()) lock.lock();
     registry.environments[environment->id_] = environment;
     return environment;
   }

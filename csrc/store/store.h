@@ -6,8 +6,8 @@
 //   dropped afterwards
 //
 // Thread safety: construction and destruction from any thread; process().stores_mutex is never held
-// over file work, which may take for ever on a frozen disk; drop_* on
-// the writer thread, or on any one thread while no writer runs; the counters from anywhere.
+// over file work, which may take for ever on a frozen disk; drop_* on the writer thread, or on any
+// one thread while no writer runs; the counters from anywhere.
 #pragma once
 
 #include <atomic>

@@ -313,7 +313,7 @@ def _as_float(text: str, variable: str) -> float:
 def _as_json(text: str, variable: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{variable} must be JSON: {error}", f"correct or unset {variable}") from None
 
 

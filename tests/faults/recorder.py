@@ -128,7 +128,8 @@ class Recorder:
         """Take the steps of the job, one after another.
 
         ``["open"]``, ``["recreate"]``, ``["close"]``, ``["flush"]``, ``["train", calls or None, epochs]``,
-        ``["drop", epoch of this round]``, ``["drop_all"]``, ``["export", path]``, ``["sleep", seconds]``, and
+        ``["drop", epoch of this round]``, ``["drop_all"]``, ``["export", path]``, ``["sleep", seconds]``,
+        ``["limit", name, value]``, ``["starve", whom, number, ever]``, ``["feed"]``, and
         ``["stop"]``, which waits for a SIGCONT. With ``tolerant`` our errors end a step, not the run.
         """
         # Waited for, since a handler runs only when the main thread happens to wake up.
@@ -169,6 +170,7 @@ class Recorder:
                 {"features": "tap"},
                 additional_fields=[{"name": "call", "type": "int"}],
                 config=self._config,
+                **self._job.get("tracer", {}),
                 **kwargs,
             )
             if clock is not None:

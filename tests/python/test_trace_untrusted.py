@@ -192,7 +192,8 @@ def test_random_bytes_never_escape_the_error_family() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"format_version": 99}', b'{"format_version": 1}', b"\xff"]
+    "content",
+    [b"", b"{", b"[]", b'{"format_version": 99}', b'{"format_version": 1}', b"\xff", b"[" * 100_000],
 )
 def test_a_damaged_version_file_is_corrupt_data(tmp_path: Path, content: bytes) -> None:
     trace_dir = write_one(tmp_path).write()
@@ -255,6 +256,10 @@ BAD_MEMBERS = {
     "a pickle": ("features.npy", npy(np.zeros(2, "<i8"), (2,), descr="|O")),
     "no npy": ("features.npy", b"hello"),
     "nothing": ("features.npy", b""),
+    "a header that numpy's tokenizer refuses": (
+        "features.npy",
+        b"\x93NUMPY\1\0\x10\0{'descr': '<f4', (\n" + b" " * 99,
+    ),
     "numbers for text": ("input_id.npy", npy(np.zeros(2, "<i8"))),
     "offsets that fall": ("ragged.offsets.npy", npy(np.array([0, 9, 5], "<i8"))),
     "offsets beyond the values": ("ragged.offsets.npy", npy(np.array([0, 2, 500], "<i8"))),

@@ -120,7 +120,7 @@ class Overview:
         data = self._storage.transport.read(path)
         try:
             info = layout.parse_version(json.loads(data or b"null"), Path(path))
-        except (ValueError, NotFoundError, OSError):
+        except (ValueError, RecursionError, NotFoundError, OSError):
             return None
         self._documents[path] = identity, info
         return info

@@ -557,7 +557,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         document = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets without end
         raise CorruptDataError(f"{path} is not JSON: {error}", "restore the file from a copy") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error

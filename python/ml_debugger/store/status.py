@@ -42,7 +42,7 @@ def _decode(data: bytes) -> dict[str, Any] | None:
     checked, mark, _ = data.rpartition(_MARK)
     try:
         document = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not mark or not isinstance(document, dict) or document.get("crc32c") != _core.crc32c(checked):
         return None

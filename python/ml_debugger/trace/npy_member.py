@@ -27,6 +27,25 @@ _MAX_NPY_HEADER_BYTES = 4096
 _REMEDY = "export the trace again"
 
 
+def npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, Fortran order, dtype) of an npy file, read from ``file``, which is behind its header then.
+
+    Raises:
+        ValueError: It is none of version 1.0.
+    """
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("its npy version is not 1.0")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError:
+        raise
+    except Exception as error:  # numpy takes Python's tokenizer and parser, which have many of their own
+        raise ValueError(f"its npy header cannot be parsed: {error}") from error
+    if any(length < 0 for length in shape):
+        raise ValueError(f"its shape is {shape}")
+    return shape, fortran_order, dtype
+
+
 class ExportArchive:
     """The members of one ZIP, mapped into memory; each is verified by the manifest when it is first used.
 
@@ -125,9 +144,7 @@ class ExportArchive:
     def _decode(self, name: str, member: memoryview) -> Array:
         head = io.BytesIO(member[:_MAX_NPY_HEADER_BYTES])
         try:
-            if np.lib.format.read_magic(head) != (1, 0):
-                raise ValueError("its npy version is not 1.0")
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
+            shape, fortran_order, dtype = npy_header(head)
         except ValueError as error:
             raise self.damaged(f"member {name!r} is no npy: {error}") from error
         count = math.prod(shape)

@@ -24,7 +24,7 @@ import numpy as np
 from ml_debugger import _core
 from ml_debugger.errors import CorruptDataError, NotFoundError, StorageError
 from ml_debugger.trace.dtypes import Array
-from ml_debugger.trace.npy_member import MANIFEST_NAME
+from ml_debugger.trace.npy_member import MANIFEST_NAME, npy_header
 
 KEYS, HEADER_ENDS, HEADERS, CHUNKS = "keys.npy", "header_ends.npy", "headers.npy", "chunks.npy"
 
@@ -197,9 +197,7 @@ def _locate(info: zipfile.ZipInfo, file: IO[bytes]) -> tuple[np.dtype[Any], int,
     start = info.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
     file.seek(start)
     head = io.BytesIO(file.read(min(_MAX_NPY_HEADER_BYTES, info.file_size)))
-    if np.lib.format.read_magic(head) != (1, 0):
-        raise ValueError(f"member {info.filename!r} is of another npy version")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
+    shape, fortran_order, dtype = npy_header(head)
     if len(shape) != 1 or fortran_order or dtype.hasobject:
         raise ValueError(f"member {info.filename!r} has the shape {shape} of {dtype}")
     if shape[0] * dtype.itemsize != info.file_size - head.tell():

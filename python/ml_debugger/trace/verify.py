@@ -255,7 +255,7 @@ class _Verifier:
         for source, numbers in sources.items():
             for name, value in vars(found).items():
                 said = numbers.get(name, value)
-                if value < said or (value != said and not grows):
+                if type(said) is not int or value < said or (value != said and not grows):
                     self._found(entry.path, f"it holds {value} {name.replace('_', ' ')}, {source} say {said}")
 
 

@@ -48,11 +48,15 @@ class BoundedWork(Generic[T]):
     def _wait(self, thread: threading.Thread, timeout_s: float) -> None:
         try:
             thread.join(timeout_s)
-        finally:
+        except BaseException:  # of a signal handler: nobody takes the result any more
             with self._lock:
-                is_done = bool(self._results) or self._error is not None
-                self._given_up = not is_done
-        if not is_done:
+                self._given_up = True
+            for result in self._results:
+                self._undo(result)
+            raise
+        with self._lock:
+            self._given_up = not self._results and self._error is None
+        if self._given_up:
             raise TraceStallError(
                 f"{self._what} took longer than {timeout_s} s",
                 "look whether the disk still answers, or raise TracerConfig.stall_timeout_s",

@@ -141,7 +141,7 @@ def _encoded(document: dict[str, Any]) -> bytes:
 def _decoded(data: bytes) -> dict[str, Any]:
     try:
         document = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise UploadError("a document of this trace at the endpoint is damaged", "restore or remove it there")

@@ -36,7 +36,7 @@ class CollectorTransport(TusTransport):
         try:
             listed = json.loads(answer.body)["files"]
             return {str(path): int(length) for path, length in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UploadError(
                 "the endpoint's list of files cannot be read", "check that it is `ml-debugger serve`"
             ) from error

@@ -211,6 +211,6 @@ def _text_of(answer: Answer) -> str:
         try:
             document: Any = json.loads(text)
             text = str(document.get("detail", text)) if isinstance(document, dict) else text
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return "" if text.startswith("<") else text
