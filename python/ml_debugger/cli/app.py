@@ -24,6 +24,7 @@ _COMMANDS = {
     "drop": ("ml_debugger.cli.dropping", "Delete an epoch, or all rows, of a trace."),
     "verify": ("ml_debugger.cli.verifying", "Check every byte of a trace; exit status 1 if one is damaged."),
     "recover": ("ml_debugger.cli.recovering", "Save what is sound of a damaged trace into a new one."),
+    "report": ("ml_debugger.cli.reporting", "Write what a trace says into one HTML file."),
     "bench": ("ml_debugger.cli.benchmarking", "Measure what recording costs on this machine and disk."),
     "serve": ("ml_debugger.cli.serving", "Run a collector, which takes uploads."),
 }
