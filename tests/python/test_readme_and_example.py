@@ -95,9 +95,9 @@ def test_python_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path) -> 
     assert len(lines) == 12
 
 
-@pytest.mark.parametrize("page", ["read.md", "export.md"])
+@pytest.mark.parametrize("page", ["read.md", "export.md", "look.md"])
 def test_python_blocks_of_the_pages_run_one_after_the_other(page: str, tmp_path: Path) -> None:
-    for package in ("pyarrow", "pandas"):
+    for package in ("pyarrow", "pandas", "sklearn"):
         pytest.importorskip(package)
     program = tmp_path / "page.py"
     program.write_text("\n".join(python_blocks(ROOT / "docs" / page)), encoding="utf-8")

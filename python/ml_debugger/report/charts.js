@@ -154,7 +154,8 @@ function barChart(title, values, names) {
   }
   values.forEach((value, place) => {
     const x = left + place * each;
-    const bar = draw("rect", { x: x + each * 0.12, width: each * 0.76, y: py(value), height: height - bottom - py(value), rx: 2, style: "fill:var(--accent)" });
+    const wide = Math.min(each * 0.76, 56);
+    const bar = draw("rect", { x: x + (each - wide) / 2, width: wide, y: py(value), height: height - bottom - py(value), rx: 2, style: "fill:var(--accent)" });
     bar.addEventListener("mousemove", (event) => showTip(event, `${names[place]}: ${whole(value)} samples`));
     bar.addEventListener("mouseleave", hideTip);
     svg.append(bar, draw("text", { x: x + each / 2, y: height - bottom + 16, "text-anchor": "middle" }, names[place]));

@@ -27,7 +27,7 @@ _MAX_CONFUSION_TYPES = 6
 _MAX_PAIRS = 2500
 _MAX_LABEL_ISSUES = 500
 _MAX_LISTED = 100
-_MAX_POINTS = 2000
+_MAX_POINTS = 2000  # of a map or chart
 _MAX_CLASS_NAMES = 1000
 _MAP_STEPS = 1000  # maps have whole coordinates from 0 to this
 

@@ -88,8 +88,9 @@ function slider(title, names, onchange, chosen) {
 
 // ---- tables that sort ----
 
-// A column: key, title, show(value, row) -> text, number (right-aligned), bar (value of 0 to 1), help.
+// A column: key, title, show(value, row) -> text, number (right-aligned), name (in one line), bar (value of 0 to 1), help.
 const SHOWN_ROWS = 15;
+const MAX_CELL_CHARACTERS = 60;
 
 function table(columns, rows, options = {}) {
   let sorted = [...rows];
@@ -105,7 +106,9 @@ function table(columns, rows, options = {}) {
     const text = column.show ? column.show(value, row) : value === null || value === undefined ? "–" : String(value);
     const bar = column.bar && isNumber(value)
       ? make("span", { class: "bar" }, make("i", { style: `width:${Math.max(0, Math.min(1, value)) * 100}%` })) : null;
-    return make("td", { class: column.number ? "number" : null }, text, bar);
+    const kind = column.number ? "number" : column.name ? "name" : null;
+    const isLong = text.length > MAX_CELL_CHARACTERS;
+    return make("td", { class: kind, title: isLong || column.name ? text : null }, isLong ? `${text.slice(0, MAX_CELL_CHARACTERS - 1)}…` : text, bar);
   }
   function refresh() {
     body.replaceChildren(...sorted.slice(0, shown).map((row) => make("tr", {}, columns.map((column) => cell(column, row)))));

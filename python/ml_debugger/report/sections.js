@@ -2,9 +2,10 @@
 
 const SAMPLE_COLUMNS = [
   { key: "input_id", title: "sample" },
-  { key: "dataset_type", title: "dataset" },
+  { key: "dataset_type", title: "dataset", name: true },
 ];
-const LABEL_COLUMN = { key: "label", title: "label", show: className };
+const classColumn = (key, title) => ({ key, title, show: className, name: true });
+const LABEL_COLUMN = classColumn("label", "label");
 const types = [...new Set(REPORT.metrics.map((row) => row.dataset_type))];
 
 function section(id, title, about, ...content) {
@@ -75,7 +76,7 @@ function confusion() {
     const cut = one.all > one.pairs.length ? `The ${whole(one.pairs.length)} most frequent of ${whole(one.all)} pairs are shown.` : "";
     holder.replaceChildren(make("div", { class: "columns" }, heatMap(one.pairs), make("div", {},
       make("h3", {}, "Most frequent mistakes"),
-      table([LABEL_COLUMN, { key: "prediction", title: "predicted", show: className }, { key: "rows", title: "rows", number: true, show: whole }],
+      table([LABEL_COLUMN, classColumn("prediction", "predicted"), { key: "rows", title: "rows", number: true, show: whole }],
         wrong, { shown: 10, empty: "No mistakes." }))), make("p", { class: "soft" }, cut));
   }
   function choose() {
@@ -166,7 +167,7 @@ function labelIssues() {
   const columns = [
     { key: "place", title: "#", number: true },
     ...SAMPLE_COLUMNS, LABEL_COLUMN,
-    { key: "suggested_label", title: "suggested", show: className },
+    classColumn("suggested_label", "suggested"),
     { key: "score", title: "score", number: true, show: (value) => decimal(value), bar: true, help: "0: surely wrong, 1: surely right" },
     { key: "confidence", title: "confidence", number: true, show: (value) => decimal(value), help: "mean probability of the label over the epochs" },
     { key: "neighbour_disagreement", title: "neighbours disagree", number: true, show: (value) => percent(value, 0) },
@@ -192,7 +193,7 @@ function dynamics() {
   }));
   const columns = [
     ...SAMPLE_COLUMNS, LABEL_COLUMN,
-    { key: "prediction", title: "last prediction", show: className },
+    classColumn("prediction", "last prediction"),
     { key: "forgetting_events", title: "forgotten", number: true, show: whole, help: "right in one epoch and wrong in the next" },
     { key: "flips", title: "flips", number: true, show: whole, help: "changes of the prediction" },
     { key: "correctness", title: "right in", number: true, show: (value) => percent(value, 0) },
@@ -224,14 +225,14 @@ function neighbours() {
   const about = "In the features of the newest epoch. Distances are in medians: 0 means equal features, 1 is usual.";
   return perLayer("neighbours", "Near-duplicates and outliers", about, (layer) => [make("div", { class: "columns" },
     make("div", {}, make("h3", {}, "Closest pairs"), table([
-      ...SAMPLE_COLUMNS, LABEL_COLUMN,
-      { key: "other_input_id", title: "other sample" }, { key: "other_dataset_type", title: "dataset" },
-      { key: "other_label", title: "label", show: className },
+      { key: "input_id", title: "sample", show: (id, row) => `${id} (${row.dataset_type})` }, LABEL_COLUMN,
+      { key: "other_input_id", title: "other sample", show: (id, row) => `${id} (${row.other_dataset_type})` },
+      classColumn("other_label", "label"),
       { key: "distance", title: "distance", number: true, show: (value) => decimal(value) },
     ], layer.near_duplicates, { shown: 10 })),
     make("div", {}, make("h3", {}, "Farthest from all others"), table([
       ...SAMPLE_COLUMNS, LABEL_COLUMN,
-      { key: "prediction", title: "predicted", show: className },
+      classColumn("prediction", "predicted"),
       { key: "distance", title: "distance", number: true, show: (value) => decimal(value, 2) },
     ], layer.outliers, { shown: 10 })))]);
 }
@@ -301,3 +302,5 @@ for (const build of [curves, confusion, maps, labelIssues, dynamics, neighbours,
   report.append(one.node);
 }
 report.append(make("footer", {}, "Everything in this file was computed from the trace; nothing was loaded from elsewhere."));
+// The sections are younger than the address.
+document.getElementById(location.hash.slice(1))?.scrollIntoView({ behavior: "instant" });
