@@ -48,7 +48,8 @@ def take(command: str, page: Path, target: Path, section: str, height: int, opti
         shown.write_text(text.replace("</style>", alone, 1) if section else text, encoding="utf-8")
         words = [
             command, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *options,
-            f"--user-data-dir={work}/profile", f"--window-size={WIDTH},{height}", "--virtual-time-budget=3000",
+            f"--user-data-dir={work}/profile", f"--window-size={WIDTH},{height}",
+            "--virtual-time-budget=3000",
             f"--screenshot={target}", shown.as_uri(),
         ]  # fmt: skip
         subprocess.run(words, check=True, capture_output=True, timeout=120)

@@ -118,6 +118,16 @@ def test_labels_find_their_rows_where_some_calls_have_none(tmp_path: Path, small
     assert row["accuracy"] == right / labelled
 
 
+def test_labels_that_come_late_in_an_epoch_are_found(tmp_path: Path, small_batches: None) -> None:
+    writer = FormatWriter(tmp_path)
+    for number in range(5):
+        truths = {"label": Column(LABELS)} if number == 4 else None
+        writer.call(number, [f"{number}-{row}" for row in range(12)], {"logits": Column(LOGITS)}, truths)
+    writer.write()
+    row = open_trace("model", "v1", tmp_path).analysis.metrics().iloc[0]
+    assert (row["rows"], row["labelled"], row["judged"]) == (60, 12, 12)
+
+
 def test_of_a_repeated_sample_the_newest_row_counts(tmp_path: Path) -> None:
     writer = FormatWriter(tmp_path)
     right, wrong = np.array([[5, 0]], "<f4"), np.array([[0, 5]], "<f4")

@@ -309,6 +309,45 @@ def test_waits_and_throughput_of_a_tracer_are_in_the_report(tmp_path: Path) -> N
     assert found["capture"]["totals"]["lost_rows"] == 0
 
 
+def test_a_method_that_is_missing_is_an_error_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, _ = classifier_trace(tmp_path / "data", samples=12, epochs=2)
+    monkeypatch.setitem(sys.modules, "umap", None)
+    read: list[int] = []
+    with pytest.raises(InvalidInputError, match=re.escape('pip install "ml-debugger[umap]"')):
+        write_report(trace, tmp_path / "r.html", map_method="umap", progress=read.append)
+    with pytest.raises(InvalidInputError, match="there is no method 'tsne'"):
+        write_report(trace, tmp_path / "r.html", map_method="tsne", progress=read.append)
+    assert not read and not (tmp_path / "r.html").exists()
+
+
+def test_maps_by_umap_show_the_newest_epoch(tmp_path: Path) -> None:
+    pytest.importorskip("umap")
+    trace, _ = classifier_trace(tmp_path / "data", epochs=2)
+    found = build_document(trace, map_method="umap")["layers"][0]["map"]
+    assert found["method"] == "umap" and [one["n_epoch"] for one in found["epochs"]] == [1]
+    assert len(found["epochs"][0]["x"]) == 60
+
+
+def test_the_script_takes_screenshots_of_a_report(tmp_path: Path) -> None:
+    if BROWSER is None:
+        pytest.skip("needs chromium")
+    trace, _ = classifier_trace(tmp_path / "data")
+    page = write_report(trace, tmp_path / "r.html")
+    script = Path(__file__).resolve().parents[2] / "scripts" / "screenshots.py"
+    command = [sys.executable, str(script), str(page), "--out", str(tmp_path / "images")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    images = sorted((tmp_path / "images").iterdir())
+    committed = sorted(path.name for path in (script.parents[1] / "docs" / "images").glob("report*.png"))
+    assert [path.name for path in images] == committed
+    for path in images:
+        assert (
+            path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+        )  # more than a blank page
+
+
 # ---- the command ----
 
 

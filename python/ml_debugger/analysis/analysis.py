@@ -156,7 +156,7 @@ class Analysis:
         probabilities), ``score`` (0: surely wrong, to 1; the list is sorted by it: the mean of
         ``label_quality`` and of the share of neighbours that agree), ``label_quality`` (normalized margin of
         the mean probabilities), ``is_issue`` (what confident learning finds wrong; None: samples times
-        classes are more than 2^26), ``neighbour_disagreement`` (share of the 10 nearest reference samples
+        classes are more than 2^25), ``neighbour_disagreement`` (share of the 10 nearest reference samples
         with another label, in the layer's newest epoch; NaN: unknown), ``confidence``.
 
         Args:
@@ -248,10 +248,7 @@ class Analysis:
             InvalidInputError: An unknown layer or method, or umap-learn is not installed.
         """
         wanted = check_epoch(n_epoch)
-        if method not in METHODS:
-            raise InvalidInputError(
-                f"there is no method {method!r}", f"pass one of {', '.join(map(repr, METHODS))}"
-            )
+        check_method(method)
         found = self.layer(layer)
         points = found.map_of(wanted) if found else None
         names = "dataset_type input_id label prediction x y"
@@ -311,6 +308,16 @@ class Analysis:
     def _pandas_frame(self, columns: Mapping[str, Any]) -> pandas.DataFrame:
         frame: pandas.DataFrame = self._pandas.DataFrame(columns)
         return frame
+
+
+def check_method(method: str) -> None:
+    """Raise InvalidInputError if there is no such method of making maps, or its package is missing."""
+    if method not in METHODS:
+        raise InvalidInputError(
+            f"there is no method {method!r}", f"pass one of {', '.join(map(repr, METHODS))}"
+        )
+    if method == "umap":
+        require("umap", "umap", "a map by UMAP")
 
 
 def planar(vectors: Any, method: str) -> Any:

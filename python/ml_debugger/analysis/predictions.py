@@ -68,7 +68,7 @@ class Predictions:
         epochs = source.epochs()
         # Rows without an epoch are one more look at their samples only where there are no epochs.
         self.followed = [epoch for epoch in epochs if epoch != layout.NO_EPOCH] or epochs
-        self.kind = self._find_kind(epochs)
+        self.kind = self._find_kind(source, epochs)
         counts = {epoch: source.select_tables(RowFilter(epoch))[0].rows for epoch in self.followed}
         most = max(counts.values(), default=0)
         self.share = min(1.0, MAX_SAMPLES / max(most, 1))
@@ -83,15 +83,17 @@ class Predictions:
                 progress(len(batch.input_ids))
         self.class_names = self._names.found()
 
-    def _find_kind(self, epochs: list[int]) -> OutputKind:
-        """By the first batch that has labels, else by the first one."""
+    def _find_kind(self, source: Source, epochs: list[int]) -> OutputKind:
+        """By the first batch of the newest epoch that has labels, else by its first one."""
         first: LabelledBatch | None = None
         for epoch in reversed(epochs):
+            has_labels = source.select_tables(RowFilter(epoch))[1].rows > 0
             for batch in self._rows.batches(epoch, [LOGITS]):
                 first = first or batch
                 if batch.labelled.any():
                     return OutputKind.of(batch)
-                break
+                if not has_labels:
+                    break
         return OutputKind(problems=("There are no rows.",)) if first is None else OutputKind.of(first)
 
     def _add(self, epoch: int, batch: LabelledBatch) -> None:

@@ -18,7 +18,7 @@ from ml_debugger.trace.dtypes import Array
 # As many samples are followed; of more, a share chosen by a hash of their ids.
 MAX_SAMPLES = 1_000_000
 # Mean probabilities of all classes are kept for each sample while they are no more numbers than these.
-MAX_PROBABILITIES = 1 << 26
+MAX_PROBABILITIES = 1 << 25
 
 NEVER = -1
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ml_debugger import __version__
 from ml_debugger.analysis import Analysis
-from ml_debugger.analysis.analysis import planar
+from ml_debugger.analysis.analysis import check_method, planar
 from ml_debugger.analysis.layers import spread
 from ml_debugger.store import layout
 
@@ -202,6 +202,7 @@ def build_document(
         InvalidInputError: A package is missing, or there is no such layer or method.
     """
     analysis = Analysis(trace._source, progress)
+    check_method(map_method)
     for name in layers or ():
         analysis.check_layer(name)
     document = DocumentBuilder(analysis, layers, map_method).build()
