@@ -31,7 +31,7 @@ def peak_kib() -> Iterator[Callable[[], int]]:
 
     def watch() -> None:
         while not done.wait(POLL_S):
-            seen.append(max(seen.pop(), rss_anon_kib()))
+            seen[0] = max(seen[0], rss_anon_kib())
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -247,6 +247,23 @@ def test_of_too_many_samples_a_share_is_followed_the_same_in_every_epoch(
     assert any("15.0%, chosen by a hash of their ids, were followed" in note for note in analysis.notes())
 
 
+def test_samples_that_never_come_again_do_not_push_out_known_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "MAX_SAMPLES", 12)
+    writer = FormatWriter(tmp_path)
+    for epoch in range(300):
+        ids = ["always"] + [f"{epoch}-{row}" for row in range(11)]
+        writer.call(
+            epoch, ids, {"logits": Column(LOGITS)}, {"label": Column(LABELS)}, epoch=epoch, inline=["logits"]
+        )
+    writer.write()
+    analysis = open_trace("model", "v1", tmp_path).analysis
+    frame = analysis.dynamics().set_index("input_id")
+    assert frame.loc["always", "epochs"] == 300 and len(frame) == int(1.1 * 12) + 1000
+    assert any("More samples came than can be followed" in note for note in analysis.notes())
+
+
 def test_too_many_classes_leave_the_ranking_to_the_margins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

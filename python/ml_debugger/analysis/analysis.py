@@ -29,7 +29,7 @@ class Analysis:
 
     An object is one look at what is committed: the first method that needs a pass over the rows makes it, the
     others share what it found. Of rows that repeat a sample of an epoch the newest counts. Memory is bounded:
-    one batch, one call, some 150 bytes a sample and what the constants of these modules name; no column is
+    one batch, one call, some 500 bytes a sample and what the constants of these modules name; no column is
     ever held whole.
 
     * Up to 1,000,000 samples are followed one by one; of more, a share chosen by a hash of their ids.
@@ -298,6 +298,8 @@ class Analysis:
             notes.append(
                 f"Of the samples {found.share:.1%}, chosen by a hash of their ids, were followed one by one."
             )
+        if found.samples.turned_away:
+            notes.append("More samples came than can be followed one by one: the later ones are left out.")
         if not self.layers:
             notes.append("No layer was recorded.")
         return notes + [note for layer in self._layers.values() for note in layer.notes()]

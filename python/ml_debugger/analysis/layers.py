@@ -12,7 +12,7 @@ from ml_debugger.analysis.drift import Moments, frechet_distance, mean_shift
 from ml_debugger.analysis.features import FeatureBatch, FeatureSpace, LayerReader
 from ml_debugger.analysis.neighbours import Neighbours
 from ml_debugger.analysis.predictions import Predictions
-from ml_debugger.analysis.rows import kept_by_hash
+from ml_debugger.analysis.rows import kept_by_hash, positions
 from ml_debugger.trace.dtypes import Array
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Epochs that features are read of, the first and the last among them.
 MAX_EPOCHS = 12
 MAX_MAP_ROWS = 3000
+# Dataset types that are compared: the first ones.
+MAX_TYPES = 8
 
 
 class Layer:
@@ -46,6 +48,7 @@ class Layer:
         self.neighbours: Neighbours | None = None
         self.skipped = 0
         self.disagreement: Array = np.full(predictions.samples.num_rows, np.nan, np.float32)
+        self._types: list[str] = []
         self._moments: dict[tuple[int, str], Moments] = {}
         self._predictions = predictions
         self._reader = LayerReader(source, name, predictions.kind)
@@ -87,7 +90,7 @@ class Layer:
     def drift(self) -> list[dict[str, object]]:
         """Rows of the table of drift; see `Analysis.drift`."""
         rows: list[dict[str, object]] = []
-        types = sorted({dataset_type for _, dataset_type in self._moments})
+        types = sorted(self._types)
         for dataset_type in types:
             known = [epoch for epoch in self.epochs if (epoch, dataset_type) in self._moments]
             for earlier, later in itertools.pairwise(known):
@@ -130,12 +133,15 @@ class Layer:
             self.maps[epoch] = FeatureBatch.join(points)
 
     def _add_moments(self, epoch: int, batch: FeatureBatch) -> None:
-        types = np.array(batch.dataset_types, object)
-        for dataset_type in dict.fromkeys(batch.dataset_types):
+        for dataset_type, places in positions(batch.dataset_types):
+            if dataset_type not in self._types:
+                if len(self._types) == MAX_TYPES:
+                    continue
+                self._types.append(dataset_type)
             key = epoch, dataset_type
             if key not in self._moments:
                 self._moments[key] = Moments(batch.vectors.shape[1])
-            self._moments[key].add(batch.vectors[types == dataset_type])
+            self._moments[key].add(batch.vectors[places])
 
     def _disagree(self, batch: FeatureBatch, shares: Array) -> None:
         samples = self._predictions.samples

@@ -75,7 +75,6 @@ class Predictions:
         # A hash keeps about that share: leave room. Epochs may hold different samples.
         bound = min(sum(counts.values()), int(1.1 * MAX_SAMPLES) + 1000)
         self.samples = SampleTable(bound, self.kind.num_classes if self.kind.has_labels else 0)
-        self._bound = bound
         self._names = _ClassNames(source)
         for epoch in epochs:
             for batch in self._rows.batches(epoch, [LOGITS], [LABEL, *self._names.fields]):
@@ -107,8 +106,9 @@ class Predictions:
     def _follow(self, epoch: int, batch: LabelledBatch, scores: Scores) -> None:
         kept = kept_by_hash(batch.input_ids, self.share)
         for dataset_type, places in batch.groups():
-            chosen = places[kept[places]][: self._bound - self.samples.num_rows]
+            chosen = places[kept[places]]
             rows = self.samples.rows_of(dataset_type, [batch.input_ids[place] for place in chosen])
+            rows, chosen = rows[rows >= 0], chosen[rows >= 0]
             if epoch == layout.NO_EPOCH:  # they may repeat a sample, and are no series: the newest counts
                 _, first = np.unique(rows[::-1], return_index=True)
                 newest = len(rows) - 1 - first

@@ -44,11 +44,9 @@ class LabelledBatch:
     truths: dict[str, Array]
     labelled: Mask
 
-    def groups(self) -> Iterator[tuple[str, Array]]:
+    def groups(self) -> list[tuple[str, Array]]:
         """Positions of the rows of each ``dataset_type``."""
-        names = np.array(self.dataset_types, object)
-        for name in dict.fromkeys(self.dataset_types):
-            yield name, np.flatnonzero(names == name)
+        return positions(self.dataset_types)
 
 
 class LabelledRows:
@@ -139,6 +137,14 @@ class _Pending:
         if batch is not None:
             self._ids = batch.pop("row_id")
             self._values = batch
+
+
+def positions(names: Sequence[str]) -> list[tuple[str, Array]]:
+    """Where each name stands, rising; in the order of their first."""
+    found: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        found.setdefault(name, []).append(place)
+    return [(name, np.array(places, np.int64)) for name, places in found.items()]
 
 
 def kept_by_hash(input_ids: Sequence[str], share: float) -> Mask:

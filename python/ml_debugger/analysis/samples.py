@@ -1,4 +1,4 @@
-"""What becomes of each sample over the epochs: the training dynamics, in some 100 bytes a sample.
+"""What becomes of each sample over the epochs: the training dynamics, in some 200 bytes a sample.
 
 Confidence, variability and correctness are those of Swayamdipta et al. (2020), "Dataset Cartography";
 forgetting events those of Toneva et al. (2019), "An Empirical Study of Example Forgetting during Deep Neural
@@ -27,13 +27,15 @@ class SampleTable:
     """Every (dataset_type, input_id) once, with what has been seen of it; epochs come in rising order.
 
     Args:
-        max_rows: No more samples will come. Memory is taken as they come.
+        max_rows: Later samples are turned away. Memory is taken as they come.
         num_classes: Classes; 0: samples are not judged.
     """
 
     def __init__(self, max_rows: int, num_classes: int) -> None:
         self._rows: dict[str, dict[str, int]] = {}
+        self._max_rows = max_rows
         self.num_rows = 0
+        self.turned_away = 0
         self.label = np.full(max_rows, NEVER, np.int32)
         self.last_prediction = np.full(max_rows, NEVER, np.int32)
         self.epochs = np.zeros(max_rows, np.int32)  # in which it was judged
@@ -49,15 +51,16 @@ class SampleTable:
         self._probabilities = np.zeros((max_rows, num_classes), np.float32) if keeps else None
 
     def rows_of(self, dataset_type: str, input_ids: list[str]) -> Array:
-        """Row of each sample, int64; new ones get one."""
+        """Row of each sample, int64; new ones get one, or -1 once the table is full."""
         known = self._rows.setdefault(dataset_type, {})
         rows = np.empty(len(input_ids), np.int64)
         for position, input_id in enumerate(input_ids):
-            row = known.get(input_id)
-            if row is None:
+            row = known.get(input_id, -1)
+            if row < 0 and self.num_rows < self._max_rows:
                 row = known[input_id] = self.num_rows
                 self.num_rows += 1
             rows[position] = row
+        self.turned_away += int((rows < 0).sum())
         return rows
 
     def row_of(self, dataset_type: str, input_id: str) -> int | None:

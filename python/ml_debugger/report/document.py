@@ -107,7 +107,8 @@ class DocumentBuilder:
         if predictions.followed == [layout.NO_EPOCH] or len(predictions.followed) < 2:
             return {"why": "Training dynamics need two epochs or more.", "samples": len(frame)}
         order = ["forgetting_events", "flips", "confidence", "dataset_type", "input_id"]
-        worst = frame.sort_values(order, ascending=[False, False, True, True, True], kind="stable")
+        forgotten = frame[frame["forgetting_events"] > 0]
+        worst = forgotten.sort_values(order, ascending=[False, False, True, True, True], kind="stable")
         step = -(-len(frame) // _MAX_POINTS)
         learned = frame["first_learned"] >= 0
         return {
@@ -117,8 +118,8 @@ class DocumentBuilder:
             "never_forgotten": int((learned & (frame["forgetting_events"] == 0)).sum()),
             "forgetting_histogram": np.bincount(frame["forgetting_events"].clip(upper=20)).tolist(),
             "points": columns_of(frame.iloc[::step], digits=4),
-            "most_forgotten": records(worst[worst["forgetting_events"] > 0].head(_MAX_LISTED)),
-            "most_forgotten_all": int((frame["forgetting_events"] > 0).sum()),
+            "most_forgotten": records(worst.head(_MAX_LISTED)),
+            "most_forgotten_all": len(forgotten),
         }
 
     def _label_issues(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ const SAMPLE_COLUMNS = [
 const classColumn = (key, title) => ({ key, title, show: className, name: true });
 const LABEL_COLUMN = classColumn("label", "label");
 const types = [...new Set(REPORT.metrics.map((row) => row.dataset_type))];
+const MAX_LINES = 12;
 
 function section(id, title, about, ...content) {
   return { id, title, node: make("section", { id }, make("h2", {}, title), make("p", { class: "soft" }, about), content) };
@@ -38,7 +39,7 @@ function overview() {
 }
 
 function curves() {
-  const series = (key) => types.map((name) => ({
+  const series = (key) => types.slice(0, MAX_LINES).map((name) => ({
     name, points: REPORT.metrics.filter((row) => row.dataset_type === name && row.n_epoch >= 0).map((row) => [row.n_epoch, row[key]]),
   })).filter((one) => one.points.some((point) => isNumber(point[1])));
   const columns = [
