@@ -31,7 +31,7 @@ pytest.importorskip("sklearn")
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = [
-    "</script><img src=x onerror=alert(1)>",
+    "</script ><img src=x onerror=alert(1)>",
     "<!--<script>",
     "]]>&lt;b&gt;\"'`${1}$title",
     "\u2028\u2029\x00\x1b[31m",
@@ -160,7 +160,7 @@ def test_hostile_names_stay_text_in_a_browser(tmp_path: Path) -> None:
     page = Loads()
     page.feed(drawn)
     assert "img" not in page.tags and page.tags.count("script") == 2
-    assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in drawn
+    assert "&lt;/script &gt;&lt;img src=x onerror=alert(1)&gt;" in drawn
 
 
 def test_a_browser_draws_every_section(tmp_path: Path) -> None:
