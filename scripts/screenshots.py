@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MAX_BYTES = 200_000
-WIDTH = 1060
+WIDTH = 980
 DARK = "--blink-settings=preferredColorScheme=0"
 
 # File: (the one section to show, empty for the top of the page; height in pixels; options of the browser).
