@@ -186,7 +186,7 @@ class FeatureSpace:
         if gathered is None or len(gathered.input_ids) < 3:
             self.problem = "Fewer than three samples of the newest epoch have finite features of one width."
             return
-        if np.ptp(gathered.vectors, axis=0).max(initial=0) == 0:
+        if (gathered.vectors == gathered.vectors[0]).all():
             self.problem = "All samples of the newest epoch have equal features."
             return
         rows, width = gathered.vectors.shape
