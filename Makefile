@@ -105,7 +105,7 @@ types: build ## mypy --strict on the package, and the extension against its stub
 	@"$(PY)" -m mypy
 	@MYPYPATH=python "$(PY)" -m mypy.stubtest ml_debugger._core --mypy-config-file pyproject.toml --allowlist tests/stubtest_allowlist.txt
 
-soak: build ## the long runs: memory over 10^5 calls, uploads cut at every byte, 8 ranks, two hosts (minutes)
+soak: build ## the long runs: memory over 10^5 calls and GB of trace, cut uploads, 8 ranks, two hosts (minutes)
 	@$(PYTEST) -m soak -o faulthandler_timeout=0 tests/python $(ARGS)
 
 matrix: build ## every cell of the matrix of models; writes the tables of docs/model_support.md (half an hour)

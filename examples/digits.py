@@ -8,6 +8,8 @@ To trace a training loop of your own, three things are new. They are marked (1),
 1. make a `ClassificationTracer` around the model;
 2. call the tracer where the loop called the model;
 3. export the trace, or read it in place.
+
+It ends with a report on the trace: one HTML file, to look at in a browser.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from ml_debugger import TracerConfig, open_trace
+from ml_debugger.errors import InvalidInputError
+from ml_debugger.report import write_report
 from ml_debugger.training import ClassificationTracer
 
 MODEL_NAME, VERSION_NAME = "digits_cnn", "v1"
@@ -192,6 +196,15 @@ def print_comparison(seen: Accuracies, stored: Accuracies) -> bool:
     return stored == seen
 
 
+def report_in(folder: Path, data_dir: Path) -> str:
+    """Write the report into ``folder``; returns a line that says where it is, or why there is none."""
+    try:
+        path = write_report(open_trace(MODEL_NAME, VERSION_NAME, data_dir=data_dir), folder)
+    except InvalidInputError as error:  # a package of the extra is missing
+        return f"No report: {error}"
+    return f"Report, to be opened in a browser: {path}"
+
+
 def print_drop(tracer: ClassificationTracer, epoch: int, data_dir: Path) -> None:
     """Delete one epoch; its rows and its disk space are gone when the call returns."""
     trace = open_trace(MODEL_NAME, VERSION_NAME, data_dir=data_dir)
@@ -228,7 +241,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, record, export, check, drop."""
+    """Train, record, export, check, report, drop."""
     arguments = parse_arguments()
     data_dir: Path = arguments.data_dir
     torch.manual_seed(SEED)
@@ -250,10 +263,12 @@ def main() -> None:
         archive_path = tracer.export(arguments.output or data_dir / "exports")  # (3)
         print(f"\nExported to {archive_path}, {archive_path.stat().st_size / 1e6:.2f} MB")
         all_equal = print_comparison(seen, accuracies_in(archive_path))
+        report = report_in(archive_path.parent, data_dir)
         print_drop(tracer, epoch=0, data_dir=data_dir)
     if not all_equal:
         sys.exit("FAILED: the export and the training loop disagree")
     print("\nAll accuracies recomputed from the stored logits and labels equal what the loop saw.")
+    print(report)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ std::string status_json(std::uint32_t attempt, const Counters& counters) {
          field("bytes_discarded", counters.bytes_discarded) +
          field("bytes_failed", counters.bytes_failed) +
          field("bytes_in_flight", counters.bytes_in_flight) + field("commits", counters.commits) +
+         field("stalls", counters.stalls) + field("stall_ns", counters.stall_ns) +
+         field("write_ns", counters.write_ns) + field("written_bytes", counters.written_bytes) +
          "}";
 }
 

@@ -126,9 +126,9 @@ def test_shell_lines_of_the_readme_make_a_key_run_a_collector_and_upload(tmp_pat
     assert open_trace("mlp", "v3", tmp_path / "mld_data").num_rows("extracted_feature") == 3
 
 
-@pytest.mark.parametrize("page", ["record.md", "read.md", "export.md"])
+@pytest.mark.parametrize("page", ["record.md", "read.md", "export.md", "look.md"])
 def test_python_blocks_of_the_pages_run_one_after_the_other(page: str, tmp_path: Path) -> None:
-    for package in ("pyarrow", "pandas"):
+    for package in ("pyarrow", "pandas", "sklearn"):
         pytest.importorskip(package)
     program = tmp_path / "page.py"
     program.write_text("\n".join(python_blocks(ROOT / "docs" / page)), encoding="utf-8")
@@ -198,6 +198,27 @@ def test_example_drops_one_epoch_and_gets_its_disk_space_back(
     trace = ml_debugger.open_trace("digits_cnn", "v1", data_dir=folder / "traces")
     assert trace.epochs == [1]
     assert trace.num_rows("ground_truth") == (EPOCHS - 1) * 1797
+
+
+def test_example_ends_by_naming_its_report(example: subprocess.CompletedProcess[str], folder: Path) -> None:
+    path = folder / "digits_cnn_v1_report.html"
+    assert example.stdout.splitlines()[-1] == f"Report, to be opened in a browser: {path.relative_to(folder)}"
+    text = path.read_text(encoding="utf-8")
+    assert '"epochs":[0,1]' in text and '"class_names":{"0":"zero"' in text
+
+
+def test_example_says_what_its_report_needs(folder: Path) -> None:
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "pandas.py").write_text("raise ImportError('there is none')\n")
+    program = folder / "without.py"
+    program.write_text(
+        f"import sys; sys.path[:0] = [{str(folder / 'hidden')!r}, {str(EXAMPLE.parent)!r}]\n"
+        "import digits; digits.main()\n"
+    )
+    result = run(program, "--epochs", "1", "--data-dir", "traces4", folder=folder)
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("No report: the analysis needs pandas") and '"ml-debugger[report]"' in last
 
 
 def test_example_shows_a_progress_bar(example: subprocess.CompletedProcess[str]) -> None:

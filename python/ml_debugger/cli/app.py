@@ -25,6 +25,7 @@ _COMMANDS = {
     "verify": ("ml_debugger.cli.verifying", "Check every byte of a trace; exit status 1 if one is damaged."),
     "recover": ("ml_debugger.cli.recovering", "Save what is sound of a damaged trace into a new one."),
     "merge": ("ml_debugger.cli.merging", "Put data directories of several nodes together."),
+    "report": ("ml_debugger.cli.reporting", "Write what a trace says into one HTML file."),
     "bench": ("ml_debugger.cli.benchmarking", "Measure what recording costs on this machine and disk."),
     "serve": ("ml_debugger.cli.serving", "Run a collector, which takes uploads."),
 }

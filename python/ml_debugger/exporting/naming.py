@@ -17,8 +17,12 @@ _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]')
 
 def default_name(model_name: str, version_name: str, n_epoch: int | None) -> str:
     """File name ``<model_name>_<version_name>[_epoch<n>].zip``, safe: at most 255 bytes, no separators."""
-    stem = f"{model_name}_{version_name}"
     end = ".zip" if n_epoch is None else f"_epoch{n_epoch}.zip"
+    return safe_name(f"{model_name}_{version_name}", end)
+
+
+def safe_name(stem: str, end: str) -> str:
+    """A file name of at most 255 bytes that every filesystem takes, from any text; ``end`` stays."""
     safe = _UNSAFE.sub("_", stem)
     stripped = safe.lstrip(".")
     safe = "_" * (len(safe) - len(stripped)) + stripped

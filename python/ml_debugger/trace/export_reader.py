@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -88,12 +89,22 @@ class ExportSource:
         if wanted.input_ids is not None:
             keep &= self._among(table, "input_id", wanted.input_ids)
         if wanted.dedupe:
-            newest = self._newest()
+            newest = self._newest
             if table == GROUND_TRUTH:
                 newest_ids = self._tables[FEATURES].numbers("row_id")[newest]
                 newest = np.isin(self._tables[table].numbers("row_id"), newest_ids)
             keep &= newest
         return ExportSelection(self, table, keep)
+
+    def select_tables(self, wanted: RowFilter) -> tuple[ExportSelection, ExportSelection]:
+        """Rows of both tables; see `Source.select_tables`."""
+        return self.select(FEATURES, wanted), self.select(GROUND_TRUTH, wanted)
+
+    def health(self) -> dict[str, Any]:
+        """What the manifest tells of the recording; see `Source.health`."""
+        from ml_debugger.analysis.capture import export_health
+
+        return export_health(self.archive.manifest)
 
     def table(self, table: str) -> ExportTable:
         """A table."""
@@ -121,6 +132,7 @@ class ExportSource:
         for block in everything.blocks([schema], raw=True):
             yield from block.values[schema.name]
 
+    @functools.cached_property
     def _newest(self) -> Mask:
         epochs = self._tables[FEATURES].numbers("n_epoch")
         samples: dict[int, NewestRows] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ml_debugger.errors import InvalidInputError
 from ml_debugger.trace.arguments import RowFilter
@@ -106,6 +106,12 @@ class Source(Protocol):
 
     def select(self, table: str, wanted: RowFilter) -> Selection:
         """Rows of a table."""
+
+    def select_tables(self, wanted: RowFilter) -> tuple[Selection, Selection]:
+        """Rows of ``extracted_feature`` and of ``ground_truth`` by one look, so that they belong together."""
+
+    def health(self) -> dict[str, Any]:
+        """What is known of the recording itself; see `ml_debugger.analysis.capture`."""
 
 
 def pick_schemas(

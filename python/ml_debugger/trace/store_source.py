@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -306,9 +307,22 @@ class StoreSource:
 
     def select(self, table: str, wanted: RowFilter) -> StoreSelection:
         """Rows of a table, as committed now."""
-        choice = retry_vanished(
+        return StoreSelection(self._choose(wanted), table)
+
+    def select_tables(self, wanted: RowFilter) -> tuple[StoreSelection, StoreSelection]:
+        """Rows of both tables, as committed now; see `Source.select_tables`."""
+        choice = self._choose(wanted)
+        return StoreSelection(choice, FEATURES), StoreSelection(choice, GROUND_TRUTH)
+
+    def health(self) -> dict[str, Any]:
+        """What is known of the recording itself; see `Source.health`."""
+        from ml_debugger.analysis.capture import store_health
+
+        return retry_vanished(lambda: store_health(self._trace_dir))
+
+    def _choose(self, wanted: RowFilter) -> Choice:
+        return retry_vanished(
             lambda: Choice(
                 self._trace_dir, wanted.n_epoch, wanted.dataset_type, wanted.dedupe, wanted.input_ids
             )
         )
-        return StoreSelection(choice, table)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pyarrow
     import torch
 
+    from ml_debugger.analysis import Analysis
     from ml_debugger.trace.dataset import TraceDataset
 
 
@@ -105,6 +106,20 @@ class Trace:
     def attempts(self) -> list[int]:
         """Numbers of the attempts (constructions of a tracer), rising."""
         return self._source.attempts()
+
+    @property
+    def analysis(self) -> Analysis:
+        """What the rows say, as DataFrames: accuracy, likely mislabelled samples, drift and more.
+
+        Each access is a new look at what is committed. Needs pandas and scikit-learn:
+        ``pip install "ml-debugger[report]"``. See `ml_debugger.analysis.Analysis`.
+
+        Raises:
+            InvalidInputError: A package is not installed; the message has the pip command.
+        """
+        from ml_debugger.analysis import Analysis
+
+        return Analysis(self._source)
 
     def columns(self, table: str) -> list[str]:
         """Names of the columns of a table.

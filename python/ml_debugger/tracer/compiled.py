@@ -79,7 +79,7 @@ _library = _define_operator()
 
 
 def is_exporting() -> bool:
-    """Whether the compiler makes an exported program. Before torch 2.7 it cannot tell, and keeps our operator.
+    """Whether the compiler makes an exported program. Before torch 2.7 nobody knows: it keeps our operator.
 
     The public `torch.compiler.is_exporting` is true for the compiler wherever it compiles, up to torch 2.9.
     """
