@@ -20,7 +20,7 @@ from test_export_zip import rich_trace
 
 FIGURES = {"rows", "ground_truth_rows", "calls", "discarded_rows", "bytes"}
 SUMMARY = FIGURES | {"model_name", "version_name", "directory", "epochs", "ranks", "writing"}
-COMMANDS = ["ls", "info", "export", "upload", "drop", "verify"]
+COMMANDS = ["ls", "info", "export", "upload", "drop", "verify", "report"]
 
 WRITER = """
 import sys, torch
