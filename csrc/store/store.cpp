@@ -328,7 +328,7 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
     trash.push_back(next_trash_name(directory));
     rename_path(directory, trash.back());
   }
-  if (options_.sync == Sync::kEveryCommit) sync_directory(directory_);
+  sync_directory(directory_);  // else a power cut brings the epoch back, whatever the durability
   std::set<std::pair<std::uint32_t, std::uint64_t>> seen;
   for (const std::string& directory : trash) {
     std::vector<std::string> segments{directory};
