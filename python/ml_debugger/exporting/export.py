@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ml_debugger.errors import InvalidInputError, StorageError
+from ml_debugger.errors import InvalidInputError
 from ml_debugger.exporting import manifest
 from ml_debugger.exporting.naming import default_name, resolve_output
 from ml_debugger.exporting.npy_zip import NpyZipWriter
@@ -75,7 +75,10 @@ def export_trace(
         require_parquet()
     info = layout.read_version(trace_dir)
     path = resolve_output(output_path, default_name(info.model_name, info.version_name, epoch))
-    with Progress(progress) as shown, _storage_errors(path):
+    with (
+        Progress(progress) as shown,
+        layout.storage_errors(f"write {path}", "check that the directory is writable and has space"),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A drop in the middle of it: what was written so far is thrown away, and what is left is exported.
         ranks = retry_vanished(lambda: _replace(path, trace_dir, info, epoch, format, dedupe, shown))
@@ -144,16 +147,3 @@ def _temporary(directory: Path) -> Iterator[tuple[IO[bytes], Path]]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}",
-            "check that the directory is writable and has space",
-        ) from error

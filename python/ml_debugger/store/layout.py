@@ -240,7 +240,7 @@ def write_staging(rank_dir: Path, entries: list[dict[str, Any]]) -> None:
     if entries:
         write_json(path, {"format_version": FORMAT_VERSION, "directories": entries})
     else:
-        with _storage_errors(f"delete {path}"):
+        with storage_errors(f"delete {path}"):
             path.unlink(missing_ok=True)
 
 
@@ -443,7 +443,7 @@ def make_directory(path: Path) -> None:
     while not current.exists():
         missing.append(current)
         current = current.parent
-    with _storage_errors(f"create the directory {path}"):
+    with storage_errors(f"create the directory {path}"):
         for directory in reversed(missing):
             directory.mkdir(mode=0o700, exist_ok=True)
             sync_directory(directory.parent)
@@ -459,7 +459,7 @@ def write_json(path: Path, document: dict[str, Any], *, durable: bool = True) ->
         document: Its content.
         durable: False: no fsync, for what may be lost, or found empty, after a power cut.
     """
-    with _storage_errors(f"write {path}"), _temporary_json(path, document, durable=durable) as temporary:
+    with storage_errors(f"write {path}"), _temporary_json(path, document, durable=durable) as temporary:
         os.replace(temporary, path)
         if durable:
             sync_directory(path.parent)
@@ -467,7 +467,7 @@ def write_json(path: Path, document: dict[str, Any], *, durable: bool = True) ->
 
 def _create_json(path: Path, document: dict[str, Any]) -> bool:
     """Write ``path`` atomically if nothing is there; False if something is."""
-    with _storage_errors(f"write {path}"), _temporary_json(path, document) as temporary:
+    with storage_errors(f"write {path}"), _temporary_json(path, document) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -497,15 +497,16 @@ def _temporary_json(path: Path, document: dict[str, Any], *, durable: bool = Tru
 
 
 @contextlib.contextmanager
-def _storage_errors(action: str) -> Iterator[None]:
+def storage_errors(
+    action: str, remedy: str = "check that data_dir is writable and has space"
+) -> Iterator[None]:
+    """Errors of the system inside of it become `StorageError`: "cannot ``action``", and the remedy."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"cannot {action}: {error.strerror or error}", "check that data_dir is writable and has space"
-        ) from error
+        raise StorageError(f"cannot {action}: {error.strerror or error}", remedy) from error
 
 
 def sync_directory(path: Path) -> None:

@@ -24,7 +24,6 @@ from ml_debugger.errors import (
     CorruptDataError,
     InvalidInputError,
     NotFoundError,
-    StorageError,
     TraceInUseError,
 )
 from ml_debugger.job import run_of
@@ -119,7 +118,7 @@ def merge_data_dirs(
     for name, trace in sorted(found.items()):
         report.traces += 1
         report.ranks += len(trace.ranks)
-        with _storage_errors(output):
+        with layout.storage_errors(f"merge into {output}", "check that it is writable and has space"):
             for number in sorted(trace.ranks):
                 target = layout.rank_directory(output / name, number)
                 for length in _merge_rank(trace.ranks[number], target, report):
@@ -317,16 +316,3 @@ def _locked(rank_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _storage_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"cannot merge into {output}: {error.strerror or error}",
-            "check that it is writable and has space",
-        ) from error

@@ -15,10 +15,10 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from ml_debugger.errors import CorruptDataError, MlDebuggerError, StorageError
+from ml_debugger.errors import CorruptDataError, MlDebuggerError
 from ml_debugger.store import layout
 
 logger = logging.getLogger("ml_debugger")
@@ -54,7 +54,7 @@ def adopt(rank_dir: Path) -> None:
     for entry in entries:
         place = Path(entry["directory"])
         if place.is_dir():
-            with _storage_errors(place):
+            with layout.storage_errors(f"move what lies in {place}", "check that data_dir has space"):
                 _seal_all(rank_dir, place)
                 _move_all(rank_dir, place, threading.Lock(), lambda: None)
                 _remove_empty(place)
@@ -256,15 +256,3 @@ def _remove_empty(place: Path) -> None:
     if _staged(place):
         return
     shutil.rmtree(place)
-
-
-@contextlib.contextmanager
-def _storage_errors(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"cannot move what lies in {place}: {error.strerror or error}", "check that data_dir has space"
-        ) from error
