@@ -18,7 +18,7 @@ export ASAN_OPTIONS ?= detect_stack_use_after_return=1:strict_string_checks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
 
-.PHONY: help build build-gpu test test-core test-python test-faults fuzz model matrix test-gpu bench-gpu bench bench-full bench-tools bench-ranks report instructions instructions-record soak demo asan tsan lint format types docs clean
+.PHONY: help build build-gpu test test-core test-python test-faults fuzz model matrix test-gpu bench-gpu bench bench-full bench-tools bench-ranks limits report instructions instructions-record soak demo asan tsan lint format types docs clean
 .DEFAULT_GOAL := help
 
 help: ## list these words
@@ -72,6 +72,9 @@ bench-full: build ## the same with more rounds, sizes and calls (an hour)
 bench-ranks: build ## what 1,024 simulated ranks cost a reader, and 1 to 8 ranks each other (minutes)
 	@"$(PY)" -m benchmarks.ranks.simulation
 	@"$(PY)" -m benchmarks.ranks.scaling
+
+limits: build ## what copying, writing, LMDB and unlink cost without us, on tmpfs and on the disk of the checkout (minutes)
+	@"$(PY)" benchmarks/limits/run.py
 
 report: build ## the README's table and its plot, from OUT=benchmarks/results
 	@"$(PY)" -m benchmarks.report --results "$(OUT)" $(ARGS)

@@ -112,6 +112,12 @@ def _sustained_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield f"bytes on disk / payload, {label}", f"<= {target}", f"{found['ratio']:.3f}"
 
 
+def _rival_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for load, found in summary.items():
+        told = f"{_interval(found['wall_ratio'], 2)}, CPU {_interval(found['cpu_ratio'], 2)}"
+        yield f"time of `lmdb` + `msgpack` in a thread / ours, {load}", "> 1", told
+
+
 def _export_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, found in summary["speed_over_cp_and_sha256sum"].items():
         memory = summary["memory_bytes"][name] / 2**20
@@ -150,6 +156,7 @@ _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, str]]]] = {
     "cpu_training_overhead": _step_rows,
     "cpu_hook_cost": _hook_rows,
     "cpu_sustained": _sustained_rows,
+    "cpu_rival": _rival_rows,
     "cpu_export": _export_rows,
     "cpu_drop": _drop_rows,
     "cpu_upload": _upload_rows,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,11 +14,11 @@ MAP_BYTES = 64 << 30
 class _Rows:
     """Rows by their number, packed one by one."""
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: Any, *, sync: bool = False) -> None:
         import lmdb
 
-        # No sync at a commit: what durability="process" of a tracer does.
-        self.environment = lmdb.open(str(folder / "rows"), map_size=MAP_BYTES, sync=False)
+        # Without a sync at a commit it does what durability="process" of a tracer does.
+        self.environment = lmdb.open(str(folder / "rows"), map_size=MAP_BYTES, sync=sync)
         self.rows = 0
         self.meta: dict[str, tuple[str, tuple[int, ...]]] = {}
 
@@ -69,9 +69,10 @@ class LmdbInHook(Baseline):
 class LmdbInThread(ThreadedBaseline):
     name = "lmdb + msgpack, in a thread"
     requires = ("lmdb", "msgpack")
+    sync: ClassVar[bool] = False
 
     def begin(self) -> None:
-        self.rows = _Rows(self.folder)
+        self.rows = _Rows(self.folder, sync=self.sync)
 
     def store(self, ids: list[str], columns: Columns) -> None:
         self.rows.put(ids, columns)
@@ -81,3 +82,11 @@ class LmdbInThread(ThreadedBaseline):
 
     def read(self) -> dict[str, np.ndarray]:
         return self.rows.read(self.folder)
+
+
+class DurableLmdbInThread(LmdbInThread):
+    """Each step is on the disk when the queue is done with it."""
+
+    name = "lmdb + msgpack, in a thread, synced"
+    survives = "power cut, from the queue on"
+    sync = True

@@ -7,12 +7,22 @@ import sys
 
 import torch
 
-from benchmarks.cpu import baselines, drop, export, hook_cost, scaling, sustained, training_overhead, upload
+from benchmarks.cpu import (
+    baselines,
+    drop,
+    export,
+    hook_cost,
+    rival,
+    scaling,
+    sustained,
+    training_overhead,
+    upload,
+)
 from benchmarks.harness.runner import add_options, forget_environment, run_questions
 
 BENCHMARKS = {
     module.NAME.removeprefix("cpu_"): module
-    for module in (hook_cost, training_overhead, sustained, export, drop, upload, scaling, baselines)
+    for module in (hook_cost, training_overhead, sustained, rival, export, drop, upload, scaling, baselines)
 }
 NEEDED_BYTES = 4 << 30
 REHEARSAL_STATUS = 3

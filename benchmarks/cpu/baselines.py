@@ -1,9 +1,9 @@
 """Question: what does a training step pay for the same job done by a tracer and by other tools?
 
 Method: the network of `training_overhead`, once for each tool with its own copy; blocks of at least 30 steps,
-and of 2 s or 256 MB, drained within their time, in random order within a round, in one process, data on the
-disk; ratios to the untraced arm of the round. Jobs of several sizes: features, logits and labels at B = 32
-and 256, a map of 16 KiB a sample besides (B = 1024 in a full run). The tracer runs with
+and of 1 s (2 s in a full run) or 256 MB, drained within their time, in random order within a round, in one
+process, data on the disk; ratios to the untraced arm of the round. Jobs of several sizes: features, logits
+and labels at B = 32 and 256, a map of 16 KiB a sample besides (B = 1024 in a full run). The tracer runs with
 ``durability="process"``, which is what the others do at most, and with ``"power"``. A tool that is not
 installed is left out by name; one whose step takes more than four untraced ones has two blocks of 30 steps,
 and one that would need more than 20 s for a block has none, and is named. Afterwards everything is read back:
@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.baselines import ALL, Baseline
+from benchmarks.baselines.tracer import DurableTracer, Tracer
 from benchmarks.cpu.models import MAP_BYTES, SAMPLE_BYTES, depth_for_rate, make_trainer, untraced_arm
 from benchmarks.cpu.training_overhead import (
     CHECKED_STEPS,
@@ -38,6 +39,7 @@ from benchmarks.cpu.training_overhead import (
 from benchmarks.gpu.models import Trainer
 from benchmarks.harness import setting as settings
 from benchmarks.harness.blocks import (
+    BLOCK_S,
     LEAST_STEPS,
     Arm,
     Block,
@@ -49,53 +51,14 @@ from benchmarks.harness.blocks import (
 )
 from benchmarks.harness.results import Bar, Findings
 from benchmarks.harness.setting import Setting
-from ml_debugger import TracerConfig, open_trace
-from ml_debugger.training import ClassificationTracer
 
 NAME = "cpu_baselines"
 QUESTION = "What does a training step pay for the same job done by a tracer and by other tools?"
 SLOW_RATIO = 4
 LONGEST_BLOCK_S = 20
+SHORT_BLOCK_S = 1.0
 LARGEST_BLOCK_BYTES = 256_000_000
 UNTRACED = "untraced"
-
-
-class Tracer(Baseline):
-    """Ours, behind the interface of the others."""
-
-    name = "ml_debugger"
-    durability = "process"
-
-    def open(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        config = TracerConfig(data_dir=self.folder, durability=self.durability)
-        self.tracer = ClassificationTracer(self.model, "benchmark", "us", self.layers, config=config)
-
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor, ids: list[str]) -> torch.Tensor:
-        logits: torch.Tensor = self.tracer(inputs, labels, ids, "train", 0)
-        return logits
-
-    def drain(self) -> None:
-        self.tracer.flush()
-
-    def close(self) -> None:
-        settings.check_nothing_lost(settings.losses_of(self.tracer), self.name)
-        self.tracer.close()
-
-    def read(self) -> dict[str, np.ndarray]:
-        trace = open_trace("benchmark", "us", data_dir=self.folder)
-        columns = trace.arrays("extracted_feature", columns=["input_id", *self.layers, "logits"])
-        return {**columns, **trace.arrays("ground_truth", columns=["label"])}
-
-
-class DurableTracer(Tracer):
-    """Ours, as it is by default."""
-
-    name = "ml_debugger, power"
-    survives = "power cut"
-    durability = "power"
 
 
 def measure(setting: Setting) -> Findings:
@@ -215,8 +178,9 @@ def time_arms_fairly(
     if slow:
         beside = {name: arm for name, arm in arms.items() if name in slow or name == UNTRACED}
         blocks = run_blocks(beside, rounds=2, steps=short, seed=setting.seed)
-    steps = max(short, min(steps_of_block(took_s[UNTRACED]), LARGEST_BLOCK_BYTES // step_bytes))
-    budget_s = 0 if setting.is_quick else 180.0 if setting.is_full else 60.0
+    block_s = BLOCK_S if setting.is_full else SHORT_BLOCK_S
+    steps = max(short, min(steps_of_block(took_s[UNTRACED], block_s), LARGEST_BLOCK_BYTES // step_bytes))
+    budget_s = 0 if setting.is_quick else 180.0 if setting.is_full else 30.0
     average_s = steps * sum(took_s[name] for name in fast) / len(fast)
     rounds = rounds_within(budget_s, len(fast), average_s, least=1 if setting.is_quick else 4, most=25)
     more = run_blocks(fast, rounds=rounds, steps=short if setting.is_quick else steps, seed=setting.seed + 1)

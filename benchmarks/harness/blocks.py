@@ -88,9 +88,9 @@ def seconds_per_step(arm: Arm, steps: int) -> float:
     return _time_block(0, "", arm, steps).wall_s / steps
 
 
-def steps_of_block(step_s: float) -> int:
-    """At least `LEAST_STEPS`, and at least `BLOCK_S` of them."""
-    return max(LEAST_STEPS, math.ceil(BLOCK_S / step_s))
+def steps_of_block(step_s: float, block_s: float = BLOCK_S) -> int:
+    """At least `LEAST_STEPS`, and at least ``block_s`` of them."""
+    return max(LEAST_STEPS, math.ceil(block_s / step_s))
 
 
 def rounds_within(budget_s: float, arms: int, block_s: float, *, least: int, most: int) -> int:

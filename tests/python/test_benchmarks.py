@@ -14,15 +14,27 @@ import torch
 
 from benchmarks import report
 from benchmarks.baselines import ALL, Baseline
-from benchmarks.cpu import baselines, drop, export, hook_cost, scaling, sustained, training_overhead, upload
+from benchmarks.baselines.lmdb_msgpack import LmdbInThread
+from benchmarks.cpu import (
+    baselines,
+    drop,
+    export,
+    hook_cost,
+    rival,
+    scaling,
+    sustained,
+    training_overhead,
+    upload,
+)
 from benchmarks.cpu.__main__ import BENCHMARKS
-from benchmarks.harness.machine import describe_machine
+from benchmarks.harness.machine import ROOT, describe_machine
 from benchmarks.harness.results import Findings, write_results
 from benchmarks.harness.setting import Setting, WrongDataError
 from benchmarks.instructions import counting
 from ml_debugger import benchmarking, errors
 
-QUESTIONS = (hook_cost, training_overhead, sustained, export, drop, upload, scaling)
+LIMITS = ROOT / "benchmarks" / "limits"
+QUESTIONS = (hook_cost, training_overhead, sustained, rival, export, drop, upload, scaling)
 
 
 @pytest.fixture
@@ -162,6 +174,22 @@ def test_a_run_that_reads_back_different_has_no_figure(
     monkeypatch.setattr(sustained.settings, "read_column", one_bit)
     with pytest.raises(WrongDataError, match="reads back different"):
         sustained.write_traced(setting.disk_dir / "run", torch.zeros(4, 4), 2, "process")
+
+
+def test_a_rival_that_forgets_rows_has_no_figure(setting: Setting) -> None:
+    load = rival.Load(layers=2, batch_size=4, width=8, calls=3, disk_calls=3)
+    rival.time_load(setting, load, setting.memory_dir, baselines.Tracer, LmdbInThread)
+    with pytest.raises(WrongDataError, match="forgetful: expected"):
+        rival.time_load(setting, load, setting.memory_dir, baselines.Tracer, Forgetful)
+
+
+def test_the_programs_of_limits_are_short_and_without_us() -> None:
+    programs = [path for path in LIMITS.iterdir() if path.is_file() and path.name != "run.py"]
+    assert len(programs) >= 4
+    for path in programs:
+        text = path.read_text()
+        assert len(text.splitlines()) < 60, path.name
+        assert "ml_debugger" not in text, path.name
 
 
 def some_results(folder: Path, *, quick: bool = False, committed: int = 10) -> None:
