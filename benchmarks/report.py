@@ -77,13 +77,14 @@ def _interval(found: dict[str, float], digits: int = 3) -> str:
 def _step_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for batch, found in summary.items():
         for arm, values in found["arms"].items():
+            told = f"{_interval(values['ratio'])}; its thread's CPU {values['thread_ratio']['median']:.3f}"
             if "captured_bytes_per_s" not in values:
-                yield f"the machine's noise: {arm} / untraced, {batch}", "", _interval(values["ratio"])
+                yield f"the machine's noise: {arm} / untraced, {batch}", "", told
                 continue
             rate = values["captured_bytes_per_s"] / 1e6
             target = "1.03" if "map" in arm else "1.01"
             question = f"training step, traced / untraced, {batch}, {arm}, {rate:.0f} MB/s"
-            yield question, f"<= {target}", _interval(values["ratio"])
+            yield question, f"<= {target}", told
 
 
 def _hook_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

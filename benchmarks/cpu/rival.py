@@ -148,9 +148,9 @@ def time_load(
     settings.empty_folder(folder)
     return blocks, {
         "wall_ratio": ratio_of(blocks, "rival", "ours"),
-        "cpu_ratio": ratio_of(blocks, "rival", "ours", cpu=True),
+        "cpu_ratio": ratio_of(blocks, "rival", "ours", clock="cpu_s"),
         "call_bytes": load.call_bytes,
         "call_s": {name: step_seconds(blocks, name) for name in arms},
-        "call_cpu_s": {name: step_seconds(blocks, name, cpu=True) for name in arms},
+        "call_cpu_s": {name: step_seconds(blocks, name, clock="cpu_s") for name in arms},
         "losses": runs["ours"].tool.losses,
     }

@@ -131,7 +131,7 @@ def time_batches(setting: Setting) -> tuple[dict[str, Any], dict[str, list[Block
         stats = losses[str(size)]
         found[str(size)] = {
             "us": step_seconds(blocks, "call").median * 1e6,
-            "cpu_us": step_seconds(blocks, "call", cpu=True).median * 1e6,
+            "cpu_us": step_seconds(blocks, "call", clock="cpu_s").median * 1e6,
             "bytes": stats["bytes_committed"] / recording.calls,
         }
         samples[str(size)] = blocks

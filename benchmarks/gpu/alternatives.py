@@ -170,7 +170,7 @@ def time_workload(setting: Setting, workload: Workload, version: str) -> tuple[l
         summary[arm_name] = {
             "ratio": ratio_of(blocks, arm_name, "untraced"),
             "step_s": step_seconds(blocks, arm_name),
-            "cpu_s_a_step": step_seconds(blocks, arm_name, cpu=True),
+            "cpu_s_a_step": step_seconds(blocks, arm_name, clock="cpu_s"),
         }
     summary["tracer"]["losses"] = losses
     return blocks, summary

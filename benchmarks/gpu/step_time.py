@@ -177,7 +177,7 @@ def time_workload(setting: Setting, workload: Workload, version: str) -> tuple[l
             **described(workload, untraced, rounds),
             "untraced": {
                 "step_s": step_seconds(blocks, "untraced"),
-                "cpu_s_a_step": step_seconds(blocks, "untraced", cpu=True),
+                "cpu_s_a_step": step_seconds(blocks, "untraced", clock="cpu_s"),
             },
         }
         for where, tracer in tracers.items():
@@ -187,9 +187,9 @@ def time_workload(setting: Setting, workload: Workload, version: str) -> tuple[l
             check_stored(folders[where], version, trainers[where], checked)
             summary[where] = {
                 "ratio": ratio_of(blocks, where, "untraced"),
-                "cpu_ratio": ratio_of(blocks, where, "untraced", cpu=True),
+                "cpu_ratio": ratio_of(blocks, where, "untraced", clock="cpu_s"),
                 "step_s": step_seconds(blocks, where),
-                "cpu_s_a_step": step_seconds(blocks, where, cpu=True),
+                "cpu_s_a_step": step_seconds(blocks, where, clock="cpu_s"),
                 "losses": losses,
             }
     finally:

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from benchmarks.harness.estimates import Estimate, estimate_median
 
@@ -19,6 +20,7 @@ LEAST_STEPS = 30
 # Several commit intervals: a shorter block would hold the drain of all that it captured, where training has
 # one drain at its end.
 BLOCK_S = 2.0
+Clock = Literal["wall_s", "cpu_s", "thread_s"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Block:
         steps: How many.
         wall_s: From its begin until it was drained.
         cpu_s: Of all threads of the process meanwhile.
+        thread_s: CPU time of the thread that does the steps: what they themselves pay, and what noise of the
+            machine changes least.
     """
 
     round: int
@@ -51,6 +55,7 @@ class Block:
     steps: int
     wall_s: float
     cpu_s: float
+    thread_s: float
 
 
 def run_blocks(
@@ -77,10 +82,11 @@ def run_blocks(
 
 def _time_block(number: int, name: str, arm: Arm, steps: int) -> Block:
     arm.drain()
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    clocks = (time.perf_counter, time.process_time, time.thread_time)
+    began = [clock() for clock in clocks]
     arm.run(steps)
     arm.drain()
-    return Block(number, name, steps, time.perf_counter() - wall_s, time.process_time() - cpu_s)
+    return Block(number, name, steps, *(clock() - start for clock, start in zip(clocks, began, strict=True)))
 
 
 def seconds_per_step(arm: Arm, steps: int) -> float:
@@ -98,10 +104,10 @@ def rounds_within(budget_s: float, arms: int, block_s: float, *, least: int, mos
     return max(least, min(most, int(budget_s / (arms * block_s))))
 
 
-def ratio_of(blocks: list[Block], arm: str, base: str, *, cpu: bool = False) -> Estimate:
+def ratio_of(blocks: list[Block], arm: str, base: str, clock: Clock = "wall_s") -> Estimate:
     """Time of a step of ``arm`` over that of ``base``, by the rounds that have both: median and interval."""
     times: dict[tuple[int, str], float] = {
-        (block.round, block.arm): (block.cpu_s if cpu else block.wall_s) / block.steps for block in blocks
+        (block.round, block.arm): getattr(block, clock) / block.steps for block in blocks
     }
     ratios = [
         times[number, arm] / value
@@ -111,7 +117,7 @@ def ratio_of(blocks: list[Block], arm: str, base: str, *, cpu: bool = False) -> 
     return estimate_median(ratios)
 
 
-def step_seconds(blocks: list[Block], arm: str, *, cpu: bool = False) -> Estimate:
+def step_seconds(blocks: list[Block], arm: str, clock: Clock = "wall_s") -> Estimate:
     """Seconds of a step of ``arm``: median over blocks and interval."""
     mine = [block for block in blocks if block.arm == arm]
-    return estimate_median([(block.cpu_s if cpu else block.wall_s) / block.steps for block in mine])
+    return estimate_median([getattr(block, clock) / block.steps for block in mine])

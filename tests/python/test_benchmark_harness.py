@@ -55,12 +55,13 @@ def test_the_tail_of_samples_is_described_by_their_quantiles() -> None:
 
 
 class Clock:
-    """Time that passes only when told to, for wall and CPU alike."""
+    """Time that passes only when told to, for wall, CPU and the thread alike."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.wall_s = self.cpu_s = 0.0
+        self.wall_s = self.cpu_s = self.thread_s = 0.0
         monkeypatch.setattr(timed.time, "perf_counter", lambda: self.wall_s)
         monkeypatch.setattr(timed.time, "process_time", lambda: self.cpu_s)
+        monkeypatch.setattr(timed.time, "thread_time", lambda: self.thread_s)
 
     def arm(self, step_s: float, drain_s: float) -> Arm:
         left: list[float] = []
@@ -68,6 +69,7 @@ class Clock:
         def run(steps: int) -> None:
             self.wall_s += steps * step_s
             self.cpu_s += steps * step_s / 2
+            self.thread_s += steps * (step_s + drain_s) / 4
             left.append(drain_s)
 
         def drain() -> None:
@@ -88,7 +90,8 @@ def test_the_drain_of_a_block_counts_as_its_time(clock: Clock) -> None:
     assert math.isclose(step_seconds(blocks, "plain").median, 0.01)
     assert math.isclose(step_seconds(blocks, "traced").median, 0.011)
     assert math.isclose(ratio_of(blocks, "traced", "plain").median, 1.1)
-    assert math.isclose(ratio_of(blocks, "traced", "plain", cpu=True).median, 1.0)
+    assert math.isclose(ratio_of(blocks, "traced", "plain", clock="cpu_s").median, 1.0)
+    assert math.isclose(ratio_of(blocks, "traced", "plain", clock="thread_s").median, 4.0)
 
 
 def test_every_round_has_every_arm_once_in_an_order_that_changes(clock: Clock) -> None:
@@ -103,8 +106,8 @@ def test_every_round_has_every_arm_once_in_an_order_that_changes(clock: Clock) -
 
 def test_arms_are_compared_within_a_round_so_that_drift_cancels() -> None:
     slow = [1.0, 2.0, 4.0, 8.0]
-    blocks = [Block(number, "plain", 30, 30 * value, 0.1) for number, value in enumerate(slow)]
-    blocks += [Block(number, "traced", 30, 30 * value * 1.02, 0.1) for number, value in enumerate(slow)]
+    blocks = [Block(number, "plain", 30, 30 * value, 0.1, 0.1) for number, value in enumerate(slow)]
+    blocks += [Block(number, "traced", 30, 30 * value * 1.02, 0.1, 0.1) for number, value in enumerate(slow)]
     ratio = ratio_of(blocks, "traced", "plain")
     assert math.isclose(ratio.low, 1.02)
     assert math.isclose(ratio.high, 1.02)
@@ -118,14 +121,15 @@ def test_rounds_fit_the_budget_within_their_limits() -> None:
 
 def test_results_say_where_how_and_what(tmp_path: Path) -> None:
     machine = describe_machine(torch.device("cpu"))
-    samples = [Block(0, "plain", 30, 1.0, 0.5)]
+    samples = [Block(0, "plain", 30, 1.0, 0.5, 0.25)]
     findings = Findings({"steps": 30}, samples, {"ratio": estimate_median([1.0])}, "s", [Bar("plain", 1.0)])
     path = write_results(tmp_path / "new", "step_time", "What?", machine, findings)
     document = json.loads(path.read_text())
     assert path.name == "step_time.json"
     assert list(path.parent.iterdir()) == [path]
     assert document["question"] == "What?"
-    assert document["samples"] == [{"round": 0, "arm": "plain", "steps": 30, "wall_s": 1.0, "cpu_s": 0.5}]
+    seconds = {"wall_s": 1.0, "cpu_s": 0.5, "thread_s": 0.25}
+    assert document["samples"] == [{"round": 0, "arm": "plain", "steps": 30, **seconds}]
     assert document["summary"]["ratio"]["median"] == 1.0
     assert document["options"] == {"steps": 30}
     for key in ("date", "cpu", "gpu", "gpu_driver", "torch", "cuda", "python", "package", "git_revision"):

@@ -194,7 +194,7 @@ def test_the_programs_of_limits_are_short_and_without_us() -> None:
 
 def some_results(folder: Path, *, quick: bool = False, committed: int = 10) -> None:
     ratio = {"median": 1.02, "low": 1.0, "high": 1.05}
-    arm = {"ratio": ratio, "survives": "kill", "captured_bytes_per_s": 4e7}
+    arm = {"ratio": ratio, "thread_ratio": ratio, "survives": "kill", "captured_bytes_per_s": 4e7}
     losses = {"rows_submitted": 10, "rows_committed": committed}
     jobs = [
         {"job": f"B = {batch}", "captured_bytes_a_step": batch * 2456, "arms": {"ml_debugger": arm, "x": arm}}
@@ -204,7 +204,10 @@ def some_results(folder: Path, *, quick: bool = False, committed: int = 10) -> N
         "cpu_baselines": {"jobs": jobs},
         "cpu_training_overhead": {
             "B = 256": {
-                "arms": {"untraced again": {"ratio": ratio}, "features, disk": {**arm, "losses": losses}}
+                "arms": {
+                    "untraced again": {"ratio": ratio, "thread_ratio": ratio},
+                    "features, disk": {**arm, "losses": losses},
+                }
             }
         },
     }
@@ -225,8 +228,11 @@ def test_the_report_writes_between_its_markers_and_nowhere_else(tmp_path: Path) 
     assert text.startswith(f"before\n{report.BEGIN}\n")
     assert text.endswith(f"\n{report.END}\nafter\n")
     assert "old" not in text
-    assert "B = 256, features, disk, 40 MB/s | <= 1.01 | 1.020 (1.000 to 1.050) |" in text
-    assert "untraced again / untraced, B = 256 |  | 1.020 (1.000 to 1.050) |" in text
+    assert (
+        "B = 256, features, disk, 40 MB/s | <= 1.01 | 1.020 (1.000 to 1.050); its thread's CPU 1.020 |"
+        in text
+    )
+    assert "untraced again / untraced, B = 256 |  | 1.020 (1.000 to 1.050); its thread's CPU 1.020 |" in text
     assert report.main(arguments) == 0
     assert readme.read_text() == text
 
