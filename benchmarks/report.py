@@ -153,6 +153,14 @@ def _scaling_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield f"MiB that {summary['memory']['calls']} calls add", "<= 1", f"{grown:.2f}"
 
 
+def _import_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    yield (
+        "ms of CPU that `import ml_debugger.training` adds to `import torch`",
+        "<= 20",
+        _ms(summary["cpu_s"]),
+    )
+
+
 _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, str]]]] = {
     "cpu_training_overhead": _step_rows,
     "cpu_hook_cost": _hook_rows,
@@ -162,6 +170,7 @@ _ROWS: dict[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, str]]]] = {
     "cpu_drop": _drop_rows,
     "cpu_upload": _upload_rows,
     "cpu_scaling": _scaling_rows,
+    "cpu_import_time": _import_rows,
 }
 
 

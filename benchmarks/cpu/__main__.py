@@ -12,6 +12,7 @@ from benchmarks.cpu import (
     drop,
     export,
     hook_cost,
+    import_time,
     rival,
     scaling,
     sustained,
@@ -22,7 +23,18 @@ from benchmarks.harness.runner import add_options, forget_environment, run_quest
 
 BENCHMARKS = {
     module.NAME.removeprefix("cpu_"): module
-    for module in (hook_cost, training_overhead, sustained, rival, export, drop, upload, scaling, baselines)
+    for module in (
+        hook_cost,
+        training_overhead,
+        sustained,
+        rival,
+        export,
+        drop,
+        upload,
+        scaling,
+        import_time,
+        baselines,
+    )
 }
 NEEDED_BYTES = 4 << 30
 REHEARSAL_STATUS = 3

@@ -20,6 +20,7 @@ from benchmarks.cpu import (
     drop,
     export,
     hook_cost,
+    import_time,
     rival,
     scaling,
     sustained,
@@ -34,7 +35,7 @@ from benchmarks.instructions import counting
 from ml_debugger import benchmarking, errors
 
 LIMITS = ROOT / "benchmarks" / "limits"
-QUESTIONS = (hook_cost, training_overhead, sustained, rival, export, drop, upload, scaling)
+QUESTIONS = (hook_cost, training_overhead, sustained, rival, export, drop, upload, scaling, import_time)
 
 
 @pytest.fixture
