@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_debugger.errors import MlDebuggerError
 from ml_debugger.job import Job
 from ml_debugger.store import job_ranks, layout
-from ml_debugger.trace.catalog import RankSummary
+
+if TYPE_CHECKING:
+    from ml_debugger.trace.catalog import RankSummary
 
 
 class Gathering:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,13 +17,15 @@ from ml_debugger.errors import (
     StorageError,
     TraceStallError,
 )
-from ml_debugger.trace.catalog import RankSummary
 from ml_debugger.tracer.inputs import check_flag, check_seconds, require_epoch, select_epoch
 from ml_debugger.tracer.session import TraceSession
 from ml_debugger.tracer.torch_tracer import TorchTracer
 from ml_debugger.training.gathering import Gathering
 from ml_debugger.uploading import UploadReport
 from ml_debugger.uploading.client import UploadClient
+
+if TYPE_CHECKING:
+    from ml_debugger.trace.catalog import RankSummary
 
 __all__ = ["TrainingTracer"]
 
