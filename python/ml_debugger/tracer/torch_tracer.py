@@ -155,8 +155,16 @@ class TorchTracer:
             return compiled.outside_of_graphs(TorchTracer._call, *arguments)
         return TorchTracer._call(*arguments)
 
-    def _call(self, model_input: Any, *given: Any) -> Any:
-        call = self._begin("a call", *given)
+    def _call(
+        self,
+        model_input: Any,
+        ground_truth: Any,
+        input_ids: Any,
+        dataset_type: Any,
+        n_epoch: Any,
+        keywords: dict[str, Any],
+    ) -> Any:
+        call = self._begin("a call", ground_truth, input_ids, dataset_type, n_epoch, keywords)
         if call is None:
             return self._forward(model_input)
         if self._recorder.head_search is not None:
