@@ -20,11 +20,14 @@ from ml_debugger.store.files import (
 )
 from ml_debugger.store.partition import (
     DATA_FILE,
+    FIRST_SLICE_SEQUENCE,
     SEALED_FILE,
     SEGMENT_FILE,
     SegmentEntry,
     SliceName,
     boot_id,
+    data_bytes,
+    data_file,
     is_torn,
     parse_slice_name,
     segment_directories,
@@ -59,12 +62,12 @@ from ml_debugger.store.version_file import (
 )
 
 __all__ = [
-    "DATA_FILE", "FORMAT_VERSION", "LOCK_FILE", "MAX_ATTEMPTS", "MAX_RANKS", "NO_EPOCH", "SEALED_FILE",
-    "SEGMENT_FILE", "Partition", "SegmentEntry", "SliceName", "VersionInfo", "attempt_entries",
-    "attempts", "boot_id", "check_name", "is_torn", "make_directory", "parse_slice_name", "parse_version",
-    "partition_directory", "partitions", "rank_directories", "rank_directory", "read_json",
-    "read_version", "read_version_document", "register_attempt", "resolve_data_dir",
-    "segment_directories", "segments", "slice_files", "slug", "staging_entries", "storage_errors",
-    "sync_directory", "trace_directories", "trace_directory", "version_document", "version_tag",
-    "write_attempts", "write_json", "write_staging", "write_version",
+    "DATA_FILE", "FIRST_SLICE_SEQUENCE", "FORMAT_VERSION", "LOCK_FILE", "MAX_ATTEMPTS", "MAX_RANKS",
+    "NO_EPOCH", "SEALED_FILE", "SEGMENT_FILE", "Partition", "SegmentEntry", "SliceName", "VersionInfo",
+    "attempt_entries", "attempts", "boot_id", "check_name", "data_bytes", "data_file", "is_torn",
+    "make_directory", "parse_slice_name", "parse_version", "partition_directory", "partitions",
+    "rank_directories", "rank_directory", "read_json", "read_version", "read_version_document",
+    "register_attempt", "resolve_data_dir", "segment_directories", "segments", "slice_files", "slug",
+    "staging_entries", "storage_errors", "sync_directory", "trace_directories", "trace_directory",
+    "version_document", "version_tag", "write_attempts", "write_json", "write_staging", "write_version",
 ]  # fmt: skip

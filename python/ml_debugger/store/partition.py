@@ -6,6 +6,7 @@ Nothing here opens an LMDB environment, and nothing that lists ever creates a fi
 from __future__ import annotations
 
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,12 @@ from ml_debugger.store.version_file import read_version, version_tag
 DATA_FILE = "data.mdb"
 SEALED_FILE = "sealed.json"
 SEGMENT_FILE = "segment.json"
+# Slices stand beside segments in a partition; their numbers must not meet.
+FIRST_SLICE_SEQUENCE = 1 << 32
 
 _STAGING_FILE = "staging.json"
 _SEGMENT = re.compile(r"a(\d{5,})-s(\d{5,})\Z")
 _SLICE = re.compile(r"a(\d{5,})-c(\d{10,})-r(\d+)-g(\d+)-([0-9a-f]{12})-([0-9a-f]{64})\.zip\Z")
-# Slices stand beside segments in a partition; their numbers must not meet.
-_FIRST_SLICE_SEQUENCE = 1 << 32
 
 
 class SegmentEntry(NamedTuple):
@@ -126,7 +127,7 @@ def _slices(partition_dir: Path) -> list[SegmentEntry]:
         return []
     tag = version_tag(read_version(partition_dir.parent.parent))
     return [
-        SegmentEntry(name.attempt, _FIRST_SLICE_SEQUENCE + number, path, sealed=True, usable=True)
+        SegmentEntry(name.attempt, FIRST_SLICE_SEQUENCE + number, path, sealed=True, usable=True)
         for number, (name, path) in enumerate(found)
         if name.version_tag == tag
     ]
@@ -139,6 +140,19 @@ def parse_slice_name(name: str) -> SliceName | None:
         return None
     attempt, first_call, rows, ground_truth_rows = map(int, match.groups()[:4])
     return SliceName(attempt, first_call, rows, ground_truth_rows, match[5], match[6])
+
+
+def data_file(path: Path) -> Path:
+    """The file that holds the data of a segment or of a slice, which is one file."""
+    return path / DATA_FILE if path.is_dir() else path
+
+
+def data_bytes(path: Path) -> int:
+    """Size of that file; 0 if it is gone."""
+    try:
+        return os.stat(data_file(path)).st_size
+    except OSError:
+        return 0
 
 
 def staging_entries(rank_dir: Path) -> list[dict[str, Any]]:
