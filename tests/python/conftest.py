@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +90,43 @@ def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(compile_threads=1):
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+@pytest.fixture
+def trace(data_dir: Path) -> Iterator[Callable[..., Any]]:
+    """Makes tracers, (model, target_layers, version, options of TracerConfig), and closes them."""
+    from ml_debugger import TracerConfig
+    from ml_debugger.training import ClassificationTracer
+
+    made = []
+
+    def factory(model: Any, layers: Any, version: str = "v1", **options: Any) -> Any:
+        config = TracerConfig(**{"durability": "process", **options})
+        made.append(ClassificationTracer(model, "net", version, layers, config=config))
+        return made[-1]
+
+    yield factory
+    for tracer in made:
+        tracer.close()
+
+
+@pytest.fixture
+def make(trace: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes tracers, each of a version of its own, and closes them."""
+    numbers = itertools.count()
+    return lambda model, layers, **options: trace(model, layers, f"v{next(numbers)}", **options)
+
+
+@pytest.fixture
+def no_compiled_code() -> Iterator[None]:
+    """For tests that compile: the compiler knows nothing of the tests before, and counts from zero."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -273,7 +273,7 @@ def test_a_storage_that_refuses_the_first_try_may_take_the_second(
     with make_tracer(model) as tracer, tracer.recording(LABELS, IDS):
         with monkeypatch.context() as patch:
             full = DiskBudgetError("full", "drop an epoch")
-            patch.setattr(tracer, "_recorder", _Refusing(tracer._recorder, full))
+            patch.setattr(tracer._recorder, "core", _Refusing(tracer._recorder.core, full))
             with pytest.raises(DiskBudgetError):
                 model(inputs)
         model(inputs)

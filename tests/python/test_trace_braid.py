@@ -16,7 +16,7 @@ import torch
 from format_writer import Column, FormatWriter
 from ml_debugger.errors import CorruptDataError, NotFoundError
 from ml_debugger.exporting import export_trace
-from ml_debugger.trace import braid, catalog, open_trace, runs
+from ml_debugger.trace import braid, call_stream, open_trace, runs
 from ml_debugger.trace.braid import BraidedRun
 from ml_debugger.trace.catalog import Snapshot
 from ml_debugger.trace.header import Call
@@ -115,7 +115,7 @@ def test_ranks_read_together_as_they_do_call_by_call(
     monkeypatch.setattr(runs, "RUN_BYTES", run_bytes)
     monkeypatch.setattr(braid, "RUN_BYTES", run_bytes)
     together = everything(trace_dir, tmp_path)
-    monkeypatch.setattr(catalog, "braided", in_turns)
+    monkeypatch.setattr(call_stream, "braided", in_turns)
     assert_equal(together, everything(trace_dir, tmp_path))
 
 

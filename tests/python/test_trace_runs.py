@@ -12,7 +12,7 @@ import pytest
 
 from format_writer import Column, FormatWriter, crc32c
 from ml_debugger.errors import CorruptDataError
-from ml_debugger.trace import Trace, catalog, open_trace, runs
+from ml_debugger.trace import Trace, call_stream, open_trace, runs
 from ml_debugger.trace.catalog import Snapshot
 from ml_debugger.trace.header import Call
 from ml_debugger.trace.runs import CallRun
@@ -95,7 +95,7 @@ def test_the_rich_trace_reads_the_same_with_runs_of_one_call(
     trace_dir = rich_trace(tmp_path / "data").write()
     trace = open_trace("model", "v1", data_dir=tmp_path / "data")
     whole = trace.arrays("extracted_feature")
-    monkeypatch.setattr(catalog, "scan", one_by_one)
+    monkeypatch.setattr(call_stream, "scan", one_by_one)
     again = open_trace("model", "v1", data_dir=tmp_path / "data")
     for name, values in again.arrays("extracted_feature").items():
         for one, other in zip(values, whole[name], strict=True):

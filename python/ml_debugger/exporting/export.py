@@ -18,7 +18,8 @@ from ml_debugger.exporting.progress import Progress, ProgressCallback
 from ml_debugger.exporting.spool import SpoolPlace
 from ml_debugger.exporting.tables import TablesWriter
 from ml_debugger.store import layout
-from ml_debugger.trace.catalog import RankSummary, retry_vanished
+from ml_debugger.trace.catalog import RankSummary
+from ml_debugger.trace.segment_ref import retry_vanished
 from ml_debugger.trace.store_source import Choice
 from ml_debugger.trace.trace import check_epoch
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ml_debugger.trace.catalog import SegmentRef, Snapshot
+from ml_debugger.trace.catalog import Snapshot
 from ml_debugger.trace.columns import KeptCall, PieceReader, read_columns
 from ml_debugger.trace.dtypes import Array, RecordedDtype, recorded_dtype, widen
 from ml_debugger.trace.header import INLINE, Call, Piece
 from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema
+from ml_debugger.trace.segment_ref import SegmentRef
 from ml_debugger.trace.store_source import BLOCK_BYTES, Choice
 
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from ml_debugger.errors import CorruptDataError
 from ml_debugger.trace.braid import BraidedRun, interleave
-from ml_debugger.trace.catalog import SegmentLookup, SegmentRef
 from ml_debugger.trace.dtypes import Array, RecordedDtype, recorded_dtype, widen
 from ml_debugger.trace.header import INLINE, Call, ColumnDescription, Piece
 from ml_debugger.trace.newest import Mask
 from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema
+from ml_debugger.trace.segment_ref import SegmentLookup, SegmentRef
 from ml_debugger.trace.slice_file import SliceFile
 
 _UINT8 = RecordedDtype("uint8", np.dtype("u1"), np.dtype("u1"))

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ml_debugger.trace.catalog import SegmentKey, SegmentRef, Snapshot, read_call
+from ml_debugger.trace.call_stream import read_call
+from ml_debugger.trace.catalog import Snapshot
 from ml_debugger.trace.columns import ColumnValues, KeptCall, read_columns
 from ml_debugger.trace.header import Call
 from ml_debugger.trace.newest import Mask
 from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema
+from ml_debugger.trace.segment_ref import SegmentKey, SegmentRef
 
 
 class StoreRows:

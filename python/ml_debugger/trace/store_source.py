@@ -13,13 +13,14 @@ import numpy as np
 from ml_debugger.store import layout
 from ml_debugger.trace.arguments import RowFilter
 from ml_debugger.trace.braid import BraidedRun
-from ml_debugger.trace.catalog import Snapshot, list_epochs, retry_vanished
+from ml_debugger.trace.catalog import Snapshot, list_epochs
 from ml_debugger.trace.columns import KeptCall, column_bytes, read_columns
 from ml_debugger.trace.dtypes import FIELD_DTYPES, Array
 from ml_debugger.trace.header import FEATURES, GROUND_TRUTH, Call
 from ml_debugger.trace.newest import Mask, NewestRows
 from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema, SchemaCollector, TextExtent, base_schema
+from ml_debugger.trace.segment_ref import retry_vanished
 from ml_debugger.trace.source import RowBlock, pick_schemas
 from ml_debugger.trace.store_rows import StoreRows
 

@@ -20,8 +20,8 @@ from ml_debugger.trace.arguments import (
 )
 from ml_debugger.trace.arguments import check_epoch as check_epoch
 from ml_debugger.trace.assemble import iterate_batches, read_arrays, read_tensors
-from ml_debugger.trace.catalog import retry_vanished
 from ml_debugger.trace.dtypes import Array
+from ml_debugger.trace.segment_ref import retry_vanished
 from ml_debugger.trace.source import Selection, Source
 from ml_debugger.trace.store_source import StoreSource
 

@@ -137,7 +137,7 @@ class _Verifier:
         ranks = layout.rank_directories(trace_dir)
         for _, rank_dir in ranks:
             for partition in layout.partitions(rank_dir):
-                self._total_bytes += sum(_size(_data_path(path)) for path in partition.path.glob("a*"))
+                self._total_bytes += sum(layout.data_bytes(path) for path in partition.path.glob("a*"))
         attempts: set[int] = set()
         for rank, rank_dir in ranks:
             attempts |= self._rank(rank, rank_dir)
@@ -177,7 +177,7 @@ class _Verifier:
                 self._found(partition.path, f"segment {missing} of attempt {attempt} is missing")
         for entry in entries:
             self.report.segments += 1
-            self._done_bytes += _size(_data_path(entry.path))
+            self._done_bytes += layout.data_bytes(entry.path)
             try:
                 self._segment(rank, partition.epoch, entry, writing, rows)
             except NotFoundError:  # dropped meanwhile, unless it is there
@@ -409,18 +409,6 @@ def _file_problems(path: Path) -> Iterator[str]:
 
 def _opened(path: Path, sealed: bool) -> _core.Segment | SliceFile:
     return SliceFile(path) if path.is_file() else _core.Segment(str(path), sealed=sealed)
-
-
-def _data_path(path: Path) -> Path:
-    """The file that holds the data of a segment or of a slice."""
-    return path / layout.DATA_FILE if path.is_dir() else path
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
 
 
 def _offline_verifier() -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ml_debugger.errors import InvalidInputError
+from ml_debugger.errors import InvalidInputError, StreamCaptureError
 from ml_debugger.tracer.description import CapturedColumn
 from ml_debugger.tracer.fields import Field, FieldValue
-from ml_debugger.tracer.inputs import Ids
+from ml_debugger.tracer.inputs import Ids, check_dataset_type, check_epoch, id_texts, parse_ids, select_ids
 from ml_debugger.tracer.outputs import CallState
+from ml_debugger.tracer.sampling import SampleFilter
 
 if TYPE_CHECKING:
     from ml_debugger.tracer.recording import Recording
@@ -38,7 +40,7 @@ class TracedCall:
     """A call in progress.
 
     Attributes:
-        input_ids: As given.
+        ground_truth: As given, as ``input_ids`` and ``keywords``, the values of the additional fields.
         ids: All of them, as they are stored.
         batch_size: How many.
         rows: Positions of the sampled ones; None keeps all.
@@ -68,21 +70,27 @@ class TracedCall:
     )
 
     def __init__(
-        self, input_ids: Any, ids: Ids, rows: list[int] | None, dataset_type: str, epoch: int
+        self,
+        ground_truth: Any,
+        input_ids: Any,
+        dataset_type: Any,
+        n_epoch: Any,
+        keywords: dict[str, Any],
+        sample_filter: SampleFilter | None,
     ) -> None:
+        self.ground_truth = ground_truth
         self.input_ids = input_ids
-        self.ids = ids
-        self.rows = rows
-        self.batch_size = len(ids)
-        self.dataset_type = dataset_type
-        self.epoch = epoch
+        self.keywords = keywords
+        self.ids = parse_ids(input_ids)
+        self.rows = None if sample_filter is None else sample_filter.rows(id_texts(self.ids))
+        self.dataset_type = check_dataset_type(dataset_type)
+        self.epoch = check_epoch(n_epoch)
+        self.batch_size = len(self.ids)
+        self.stored_rows = self.batch_size if self.rows is None else len(self.rows)
+        self.ground_truth_rows = 0
         self.values: list[FieldValue] | None = None
         self.labels: torch.Tensor | None = None
-        self.ground_truth: Any = None
-        self.keywords: dict[str, Any] = {}
         self.description: bytes | None = None
-        self.stored_rows = len(ids) if rows is None else len(rows)
-        self.ground_truth_rows = 0
 
     def own_values(self) -> None:
         """Copy what may still be the caller's memory: it is stored after the forward, which may change it."""
@@ -91,6 +99,41 @@ class TracedCall:
                 value if isinstance(value.payload, bytes) else value._replace(payload=value.payload.clone())
                 for value in self.values
             ]
+
+    def take_keywords(self, keywords: dict[str, Any]) -> Ids:
+        """Take ids, dataset type and epoch out of ``keywords``; a subclass may have changed them."""
+        input_ids = keywords.pop("input_ids", self.input_ids)
+        ids = self.ids if input_ids is self.input_ids else parse_ids(input_ids)
+        if len(ids) != self.batch_size:
+            raise InvalidInputError(
+                f"there are {len(ids)} input_ids now, {self.batch_size} came with the call",
+                "keep one id a sample",
+            )
+        dataset_type = keywords.pop("dataset_type", self.dataset_type)
+        if dataset_type is not self.dataset_type:
+            self.dataset_type = check_dataset_type(dataset_type)
+        before = None if self.epoch < 0 else self.epoch
+        epoch = keywords.pop("n_epoch", before)
+        if epoch is not before and check_epoch(epoch) != self.epoch:
+            raise InvalidInputError(
+                f"n_epoch became {epoch}, the call began with {self.epoch}", "pass it with the call"
+            )
+        return select_ids(ids, self.rows)
+
+
+def refuse_stream_capture() -> None:
+    """Refuse a call while the current CUDA stream is being captured into a graph.
+
+    Raises:
+        StreamCaptureError: It is.
+    """
+    # Untyped in some versions of torch and not in others.
+    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+    if is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise StreamCaptureError(
+            "the current CUDA stream is being captured into a graph",
+            "call the model itself while capturing, and the tracer outside of it",
+        )
 
 
 def parse_values(fields: list[Field], keywords: dict[str, Any], call: TracedCall) -> list[FieldValue]:

@@ -26,6 +26,8 @@ from ml_debugger.tracer.flat_parameters import original_parameters
 from ml_debugger.tracer.layers import strip_wrappers
 from ml_debugger.tracer.outputs import CallState, has_batch_size, iterate_tensors, without_modes
 
+HEAD_ALIAS = "features"
+
 _HINT = 'name the layer to record: target_layers={"features": "<module path>"}'
 # Inputs are copied: only those of the modules that ran last are kept, so that the first step needs little
 # more memory. Of at least so many modules, and of more while they are small.

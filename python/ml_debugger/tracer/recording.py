@@ -14,7 +14,7 @@ import torch
 
 from ml_debugger.errors import AliasNotCapturedError, InvalidInputError
 from ml_debugger.tracer import compiled
-from ml_debugger.tracer.call import ThreadState, TracedCall
+from ml_debugger.tracer.call import ThreadState, TracedCall, refuse_stream_capture
 
 if TYPE_CHECKING:
     from ml_debugger.tracer.head import HeadSearch
@@ -56,19 +56,20 @@ class Recording:
         if not self._arguments:
             raise InvalidInputError("this recording() was entered before", _HINT)
         arguments, self._arguments = self._arguments, ()
-        self._call = self._tracer._begin_recording(*arguments)
+        self._call = self._tracer._begin("recording()", *arguments)
         if self._call is not None:
+            self._tracer._recorder.watch_model()
             self._prepare_search()
             self._state.recording = self
         return self
 
     def _prepare_search(self) -> None:
-        tracer = self._tracer
-        if tracer._head_search is None:
+        recorder = self._tracer._recorder
+        if recorder.head_search is None:
             return
         try:
-            self._block.enter_context(tracer._head_lock)
-            if tracer._head_search is not None:
+            self._block.enter_context(recorder.head_lock)
+            if recorder.head_search is not None:
                 # Within a compiled forward it is too late to run that as it is written.
                 self._block.enter_context(compiled.run_eagerly())
         except BaseException:
@@ -90,7 +91,7 @@ class Recording:
                 self._abandon()
         finally:
             self._block.close()
-        if exception_type is None and not self._is_saved and not self._tracer._recorder.inert:
+        if exception_type is None and not self._is_saved and not self._tracer._recorder.core.inert:
             self._tracer._require_open("the end of a recording()")
             raise AliasNotCapturedError(
                 "the model did not run inside of recording(), so no layer was captured",
@@ -103,8 +104,7 @@ class Recording:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called."""
         call = self._call
-        tracer = self._tracer
-        if call is None or _is_recomputing() or tracer._recorder.inert:
+        if call is None or _is_recomputing() or self._tracer._recorder.core.inert:
             return
         if self._is_running:  # it raised, and the caller tries again
             self._abandon()
@@ -112,13 +112,14 @@ class Recording:
             return
         if self._is_saved:
             raise InvalidInputError("the model runs a second time inside of one recording()", _HINT)
-        tracer._refuse_stream_capture()
+        refuse_stream_capture()
         self._model_input = _as_model_input(args, kwargs)
         self._is_running = True
         call.description = None
         try:
-            tracer._start(call)
-            self._search = tracer._head_search
+            recorder = self._tracer._recorder
+            recorder.start(call)
+            self._search = recorder.head_search
             if self._search is not None:
                 self._watch.enter_context(self._search.watching((args, kwargs)))
         except BaseException:
@@ -148,13 +149,13 @@ class Recording:
             tracer._warn_of_failure()
 
     def _abandon(self) -> None:
-        self._tracer._abort()
+        self._tracer._recorder.abort()
         self._leave()
 
     def _leave(self) -> None:
         self._is_running = False
         self._model_input = self._search = None
-        self._tracer._leave()
+        self._tracer._recorder.leave()
         self._watch.close()
 
 

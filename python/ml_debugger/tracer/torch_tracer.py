@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import threading
-import warnings
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,39 +14,21 @@ from ml_debugger.errors import (
     InvalidInputError,
     InvalidTypeError,
     NotFoundError,
-    StreamCaptureError,
     TracerClosedError,
 )
 from ml_debugger.stats import TracerStats
-from ml_debugger.store.layout import VersionInfo, check_name
+from ml_debugger.store.layout import check_name
 from ml_debugger.tracer import compiled
-from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, parse_values
-from ml_debugger.tracer.description import CapturedColumn, Columns
-from ml_debugger.tracer.fields import FieldValue, parse_fields
-from ml_debugger.tracer.fingerprint import fingerprint
-from ml_debugger.tracer.head import Head, HeadSearch
-from ml_debugger.tracer.hooks import HookSet, warn_about_fused_layers
-from ml_debugger.tracer.inputs import (
-    Ids,
-    check_dataset_type,
-    check_epoch,
-    check_flag,
-    check_seconds,
-    id_texts,
-    parse_ids,
-    parse_labels,
-    select_ids,
-)
-from ml_debugger.tracer.layers import Layer, resolve_layers
-from ml_debugger.tracer.names import check_column_name, check_column_names
+from ml_debugger.tracer.call import ThreadState, TracedCall, check_keywords, refuse_stream_capture
+from ml_debugger.tracer.definition import TraceDefinition
+from ml_debugger.tracer.head import HEAD_ALIAS, HeadSearch
+from ml_debugger.tracer.hooks import warn_about_fused_layers
+from ml_debugger.tracer.inputs import check_flag, check_seconds, parse_labels
+from ml_debugger.tracer.model_recorder import ModelRecorder
 from ml_debugger.tracer.outputs import find_logits, iterate_tensors
 from ml_debugger.tracer.recording import Recording
-from ml_debugger.tracer.retention import Retention
-from ml_debugger.tracer.rows import RowWriter, tensor_from_bytes
 from ml_debugger.tracer.sampling import SampleFilter
 from ml_debugger.tracer.session import TraceSession
-
-HEAD_ALIAS = "features"
 
 
 class TorchTracer:
@@ -104,45 +82,15 @@ class TorchTracer:
         self._model = model
         self._model_name = check_name(model_name, "model_name")
         self._version_name = check_name(version_name, "version_name")
-        self._fields = parse_fields(additional_fields, "additional_fields")
-        self._label_fields = parse_fields(additional_label_fields, "additional_label_fields")
+        self._definition = TraceDefinition(
+            model, target_layers, additional_fields, additional_label_fields, self._config
+        )
         self._state = ThreadState()
         self._closed = False
         self._session: TraceSession | None = None
-        self._retention: Retention | None = None
-        self._prepare_columns(target_layers)
         self._prepare_calls()
         if self._config.mode == "enabled" and self._config.rank >= 0:
             self._open(force_table_recreate)
-
-    # Construction
-
-    def _prepare_columns(self, target_layers: Mapping[str, str] | None) -> None:
-        if target_layers is None:
-            self._layers: list[Layer] = []
-            aliases = [HEAD_ALIAS]
-        else:
-            self._layers = resolve_layers(self._model, target_layers)
-            aliases = [check_column_name(layer.alias, "an alias of target_layers") for layer in self._layers]
-        names = [field.name for field in (*self._fields, *self._label_fields)]
-        check_column_names([*aliases, *names])
-        for option in ("reduce", "batch_dim"):
-            known = [*aliases, "logits"] if option == "batch_dim" else aliases
-            for alias in getattr(self._config, option) or ():
-                if alias not in known:
-                    raise InvalidInputError(
-                        f"TracerConfig.{option} names {alias!r}, expected an alias of {known}",
-                        "use the aliases traced",
-                    )
-        self._aliases = aliases
-        self._names = frozenset(names)
-        self._columns = Columns(
-            aliases,
-            self._fields,
-            self._label_fields,
-            keep_all_runs=self._config.repeat == "all",
-            obstacles={layer.alias: layer.obstacle for layer in self._layers},
-        )
 
     def _prepare_calls(self) -> None:
         config = self._config
@@ -153,35 +101,16 @@ class TorchTracer:
         # A subclass that takes parsing over may read, change or add keywords: then they are checked where
         # they end up.
         self._checks_early = type(self)._parse_and_save_io_data is TorchTracer._parse_and_save_io_data
-        self._warned = False
 
     def _open(self, recreate: bool) -> None:
-        search = None if self._layers or self._aliases != [HEAD_ALIAS] else self._new_head_search()
-        info = VersionInfo(
-            self._model_name,
-            self._version_name,
-            fingerprint(self._model),
-            {HEAD_ALIAS: None} if search is not None else {layer.alias: layer.path for layer in self._layers},
-            [field.specification for field in self._fields],
-            [field.specification for field in self._label_fields],
-        )
-        warn_about_fused_layers(self._model, self._layers)
-        session = TraceSession(self._config, self._config.rank, info, recreate=recreate)
-        self._session = session
-        self._recorder = session.recorder
-        self._rows = RowWriter(session.recorder, self._columns)
-        keep = self._config.keep_epochs
-        self._retention = None if keep is None else Retention(session, keep)
-        self._hooks = HookSet(self._config, self._state)
-        self._head_search = search
-        self._head_lock = threading.RLock()  # a call may come inside of a recording() of its thread
-        # A tracer that is dropped without close() loses nothing, and leaves no hooks behind.
-        self._finalizer = weakref.finalize(self, _release, session, self._hooks)
-        self._finalizer.atexit = False
-        self._hooks.attach(self._recorder, self._layers)
-
-    def _new_head_search(self) -> HeadSearch:
-        return HeadSearch(self._model, self._state, (self._config.batch_dim or {}).get(HEAD_ALIAS, 0))
+        config, definition = self._config, self._definition
+        search = None
+        if definition.searches_head:
+            search = HeadSearch(self._model, self._state, (config.batch_dim or {}).get(HEAD_ALIAS, 0))
+        info = definition.version_info(self._model_name, self._version_name)
+        warn_about_fused_layers(self._model, definition.layers)
+        session = self._session = TraceSession(config, config.rank, info, recreate=recreate)
+        self._recorder = ModelRecorder(self._model, definition, session, self._state, search)
 
     # The call
 
@@ -231,19 +160,14 @@ class TorchTracer:
         model_input: Any,
         ground_truth: Any,
         input_ids: Any,
-        dataset_type: str,
-        n_epoch: int | None,
-        kwargs: dict[str, Any],
+        dataset_type: Any,
+        n_epoch: Any,
+        keywords: dict[str, Any],
     ) -> Any:
-        if self._closed:
-            raise self._closed_error("a call")
-        if self._session is None or self._recorder.inert or not self._is_recorded():
-            self._state.captured = None
+        call = self._begin("a call", ground_truth, input_ids, dataset_type, n_epoch, keywords)
+        if call is None:
             return self._forward(model_input)
-        call = self._begin(ground_truth, input_ids, dataset_type, n_epoch, kwargs)
-        if call.stored_rows == 0:
-            return self._forward(model_input)
-        if self._head_search is not None:
+        if self._recorder.head_search is not None:
             return self._record_first(call, model_input)
         return self._record(call, model_input, None)
 
@@ -260,47 +184,45 @@ class TorchTracer:
         return self._model(model_input)
 
     def _begin(
-        self, ground_truth: Any, input_ids: Any, dataset_type: Any, n_epoch: Any, keywords: dict[str, Any]
-    ) -> TracedCall:
-        """Check everything that can be checked before the forward."""
-        self._refuse_stream_capture()
+        self,
+        what: str,
+        ground_truth: Any,
+        input_ids: Any,
+        dataset_type: Any,
+        n_epoch: Any,
+        keywords: dict[str, Any],
+    ) -> TracedCall | None:
+        """Check what can be checked before the forward; None if nothing of the call is recorded."""
+        if self._closed:
+            raise self._closed_error(what)
+        if self._session is None or self._recorder.core.inert or not self._is_recorded():
+            self._state.captured = None
+            return None
+        refuse_stream_capture()
         self._state.captured = None
-        ids = parse_ids(input_ids)
-        rows = None if self._sample_filter is None else self._sample_filter.rows(id_texts(ids))
-        call = TracedCall(input_ids, ids, rows, check_dataset_type(dataset_type), check_epoch(n_epoch))
-        call.ground_truth = ground_truth
-        call.keywords = keywords
+        call = TracedCall(ground_truth, input_ids, dataset_type, n_epoch, keywords, self._sample_filter)
         if self._checks_early:
-            if keywords or self._names:
-                check_keywords(self._names, keywords)
-                call.values = self._parse_values(keywords, ground_truth is not None, call)
-            if ground_truth is not None:
+            definition, has_labels = self._definition, ground_truth is not None
+            if keywords or definition.names:
+                check_keywords(definition.names, keywords)
+                call.values = definition.parse_values(keywords, call, has_labels=has_labels)
+            if has_labels:
                 call.labels = self._parse_labels(ground_truth, call.batch_size)
             call.own_values()
-        return call
-
-    def _refuse_stream_capture(self) -> None:
-        # Untyped in some versions of torch and not in others.
-        is_initialized: Callable[[], bool] = torch.cuda.is_initialized
-        if is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise StreamCaptureError(
-                "the current CUDA stream is being captured into a graph",
-                "call the model itself while capturing, and the tracer outside of it",
-            )
+        return call if call.stored_rows else None
 
     def _record_first(self, call: TracedCall, model_input: Any) -> Any:
         """Record the call that shows which module is the head; other threads wait for it."""
-        with self._head_lock:
-            search = self._head_search
-            if search is not None:
-                output = self._record(call, model_input, search)
-                self._head_search = None
-                return output
+        recorder = self._recorder
+        with recorder.head_lock:
+            if recorder.head_search is not None:
+                return self._record(call, model_input, recorder.head_search)
         return self._record(call, model_input, None)
 
     def _record(self, call: TracedCall, model_input: Any, search: HeadSearch | None) -> Any:
+        recorder = self._recorder
         try:
-            self._start(call)
+            recorder.start(call)
             if search is None:
                 output = self._forward(model_input)
             else:
@@ -309,27 +231,14 @@ class TorchTracer:
                 self._find_head(search, output, call)
             is_accepted = self._save(call, model_input, output)
         except BaseException as error:
-            self._abort()
+            recorder.abort()
             self._raise_if_closed(error)
             raise
         finally:
-            self._leave()
+            recorder.leave()
         if not is_accepted:
             self._warn_of_failure()
         return output
-
-    def _start(self, call: TracedCall) -> None:
-        """Make ``call`` what this thread's hooks record."""
-        state, recorder = self._state, self._recorder
-        if self._retention is not None:
-            self._retention.keep(call.epoch)
-        if state.call is not None:
-            recorder.abort_call()  # its end was cut short by a signal, or it is the outer one of two
-        # First the mark, then the call, and the reverse at the end: a signal in between is seen by the next
-        # call.
-        state.call, state.batch_size, state.rows = call, call.batch_size, call.rows
-        recorder.begin_call(call.epoch, call.batch_size)
-        self._hooks.tell_compiler()
 
     def _save(self, call: TracedCall, model_input: Any, output: Any) -> bool:
         """Parse and save what the forward gave, and hand the call over; False if the storage has failed."""
@@ -343,17 +252,9 @@ class TorchTracer:
             **call.keywords,
         )
         if call.description is None:  # a subclass chose not to save
-            self._abort()
+            self._recorder.abort()
             return True
-        return self._recorder.end_call(call.description, call.stored_rows, call.ground_truth_rows)
-
-    def _abort(self) -> None:
-        self._recorder.abort_call()
-        self._state.captured = None
-
-    def _leave(self) -> None:
-        state = self._state
-        state.call, state.batch_size, state.rows = None, 0, None
+        return self._recorder.core.end_call(call.description, call.stored_rows, call.ground_truth_rows)
 
     def _raise_if_closed(self, error: BaseException) -> None:
         """Raise what a missing layer means when another thread took the hooks away."""
@@ -367,17 +268,7 @@ class TorchTracer:
             logits = next(iterate_tensors(output), None)
             if self._checks_early:
                 self._parse_output(output, call.batch_size)
-        head = search.find(logits)
-        picker = self._hooks.picker(HEAD_ALIAS)
-        inputs = head.inputs if self._config.repeat == "all" else head.inputs[-1:]
-        for given in inputs:
-            self._recorder.capture(0, picker(given))
-        self._adopt_head(head)
-
-    def _adopt_head(self, head: Head) -> None:
-        head.inputs.clear()
-        self._hooks.attach_head(self._recorder, 0, HEAD_ALIAS, head)
-        self._head_search = None
+        self._recorder.adopt_head(search.find(logits))
 
     # The forward of somebody else
 
@@ -424,28 +315,6 @@ class TorchTracer:
         """
         return Recording(self, (ground_truth, input_ids, dataset_type, n_epoch, kwargs))
 
-    def _begin_recording(
-        self,
-        ground_truth: Any,
-        input_ids: Any,
-        dataset_type: str,
-        n_epoch: int | None,
-        kwargs: dict[str, Any],
-    ) -> TracedCall | None:
-        """The checked call of a block; None if the block records nothing."""
-        if self._closed:
-            raise self._closed_error("recording()")
-        if self._session is None or self._recorder.inert or not self._is_recorded():
-            self._state.captured = None
-            return None
-        call = self._begin(ground_truth, input_ids, dataset_type, n_epoch, kwargs)
-        if call.stored_rows == 0:
-            return None
-        with self._head_lock:
-            self._hooks.attach_model(self._model, self._state)
-        self._hooks.tell_compiler()
-        return call
-
     # Parsing and saving
 
     def _parse_and_save_io_data(
@@ -474,40 +343,16 @@ class TorchTracer:
                 "there is no call to save: it was saved before, or this thread began another inside",
                 "call a tracer once for each forward, and not from within the model",
             )
-        ids = self._take_call_keywords(call, kwargs)
+        ids = call.take_keywords(kwargs)
         has_labels = ground_truth is not None
         values, labels = call.values or [], call.labels
         if not self._checks_early:
-            check_keywords(self._names, kwargs)
-            values = self._parse_values(kwargs, has_labels, call)
+            check_keywords(self._definition.names, kwargs)
+            values = self._definition.parse_values(kwargs, call, has_labels=has_labels)
             labels = self._parse_labels(ground_truth, call.batch_size) if has_labels else None
         logits = self._parse_output(model_output, call.batch_size)
-        call.description, self._state.captured = self._rows.save(call, ids, logits, values, labels)
+        call.description, self._state.captured = self._recorder.rows.save(call, ids, logits, values, labels)
         call.ground_truth_rows = 0 if labels is None else call.stored_rows
-
-    def _take_call_keywords(self, call: TracedCall, keywords: dict[str, Any]) -> Ids:
-        """Take ids, dataset type and epoch out of ``keywords``; a subclass may have changed them."""
-        input_ids = keywords.pop("input_ids", call.input_ids)
-        ids = call.ids if input_ids is call.input_ids else parse_ids(input_ids)
-        if len(ids) != call.batch_size:
-            raise InvalidInputError(
-                f"there are {len(ids)} input_ids now, {call.batch_size} came with the call",
-                "keep one id a sample",
-            )
-        dataset_type = keywords.pop("dataset_type", call.dataset_type)
-        if dataset_type is not call.dataset_type:
-            call.dataset_type = check_dataset_type(dataset_type)
-        before = None if call.epoch < 0 else call.epoch
-        epoch = keywords.pop("n_epoch", before)
-        if epoch is not before and check_epoch(epoch) != call.epoch:
-            raise InvalidInputError(
-                f"n_epoch became {epoch}, the call began with {call.epoch}", "pass it with the call"
-            )
-        return select_ids(ids, call.rows)
-
-    def _parse_values(self, keywords: dict[str, Any], has_labels: bool, call: TracedCall) -> list[FieldValue]:
-        values = parse_values(self._fields, keywords, call)
-        return values + parse_values(self._label_fields, keywords, call) if has_labels else values
 
     def _parse_labels(self, ground_truth: Any, batch_size: int) -> torch.Tensor:
         """Check and convert the ground truth of a call; the result shares no memory with it."""
@@ -520,17 +365,7 @@ class TorchTracer:
     # After the call
 
     def _warn_of_failure(self) -> None:
-        if self._recorder.failed and not self._warned:
-            self._warned = True
-            frame, depth = sys._getframe(), 1
-            while frame.f_back is not None and frame.f_code is not TorchTracer.__call__.__code__:
-                frame, depth = frame.f_back, depth + 1
-            warnings.warn(
-                f"the storage of trace {self._model_name!r} / {self._version_name!r} has failed: recording "
-                "stops, training goes on, stats() counts what is lost",
-                RuntimeWarning,
-                stacklevel=depth + 1,
-            )
+        self._recorder.warn_of_failure(TorchTracer.__call__.__code__)
 
     def get_hooked_features(self, layer_name: str) -> torch.Tensor:
         """Return what this thread's last call (or the current one) captured for an alias.
@@ -548,22 +383,14 @@ class TorchTracer:
         Raises:
             NotFoundError: Nothing was captured under that name, or the call was left out or lost.
         """
-        captured = self._captured_now()
+        captured = {} if self._session is None else self._recorder.captured()
         if layer_name not in captured:
             listed = ", ".join(map(repr, captured)) or "nothing"
             raise NotFoundError(
                 f"the last call captured nothing for {layer_name!r}; it has {listed}",
                 "name an alias of target_layers, after a call that was recorded",
             )
-        column = captured[layer_name]
-        return tensor_from_bytes(self._recorder.read_back(column.capture), column)
-
-    def _captured_now(self) -> dict[str, CapturedColumn]:
-        if self._state.captured is not None:
-            return self._state.captured
-        if self._state.call is not None and self._session is not None:
-            return self._columns.captured(self._recorder.captures())
-        return {}
+        return self._recorder.read_back(captured[layer_name])
 
     # The tracer's life
 
@@ -590,8 +417,7 @@ class TorchTracer:
         """
         if timeout is not None:
             timeout = check_seconds(timeout, "timeout")
-        if self._closed:
-            raise self._closed_error("flush")
+        self._require_open("flush")
         if self._session is not None:
             self._session.flush(timeout)
 
@@ -603,11 +429,8 @@ class TorchTracer:
             TraceStallError: The writer did not finish in time.
         """
         self._closed = True
-        if self._session is None or self._session.closed:
-            return
-        self._hooks.remove()
-        self._finalizer.detach()
-        self._session.close()
+        if self._session is not None and not self._session.closed:
+            self._recorder.close()
 
     def __enter__(self) -> Any:
         return self
@@ -619,9 +442,7 @@ class TorchTracer:
         # The user's exception is the news; a failure to close comes as a log line.
         self._closed = True
         if self._session is not None:
-            self._hooks.remove()
-            self._finalizer.detach()
-            self._session.close_quietly()
+            self._recorder.close_quietly()
 
     def stats(self) -> TracerStats:
         """Counters of this tracer; also after ``close()``."""
@@ -637,9 +458,3 @@ class TorchTracer:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "disabled" if self._session is None else "open"
         return f"<{type(self).__name__} {self._model_name!r} / {self._version_name!r}, {state}>"
-
-
-def _release(session: TraceSession, hooks: HookSet) -> None:
-    """What happens to a tracer that is dropped without ``close()``."""
-    hooks.remove()
-    session.close_quietly()

@@ -230,9 +230,7 @@ class TrainingTracer(TorchTracer):
         self.flush()
         if self._session is None:
             return {"extracted_feature": 0}
-        if self._retention is not None:
-            self._retention.forget(epoch)
-        return self._session.drop_epoch(epoch, only)
+        return self._recorder.drop_epoch(epoch, only)
 
     def drop_version_data(self) -> None:
         """Delete all rows of this rank in this (model, version); flushes first. Recording goes on.
@@ -243,9 +241,7 @@ class TrainingTracer(TorchTracer):
         self._require_open("drop_version_data")
         self.flush()
         if self._session is not None:
-            if self._retention is not None:
-                self._retention.forget(None)
-            self._session.drop_all()
+            self._recorder.drop_all()
 
 
 def _raise_losses(discarded: int, failed: int) -> None:
