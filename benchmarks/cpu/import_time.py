@@ -34,8 +34,8 @@ told = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu
 began = time.perf_counter()
 config = ml_debugger.TracerConfig(data_dir=sys.argv[1])
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
-tracer = ml_debugger.training.ClassificationTracer(model, "benchmark", "import", {"features": "0"}, config=config)
-with tracer:
+layers = {"features": "0"}
+with ml_debugger.training.ClassificationTracer(model, "m", "v", layers, config=config) as tracer:
     tracer(torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64), list(range(8)))
     tracer.flush()
     told["first_call_s"] = time.perf_counter() - began
