@@ -27,7 +27,6 @@ from ml_debugger.store.partition import (
     SliceName,
     boot_id,
     data_bytes,
-    data_file,
     is_torn,
     parse_slice_name,
     segment_directories,
@@ -64,7 +63,7 @@ from ml_debugger.store.version_file import (
 __all__ = [
     "DATA_FILE", "FIRST_SLICE_SEQUENCE", "FORMAT_VERSION", "LOCK_FILE", "MAX_ATTEMPTS", "MAX_RANKS",
     "NO_EPOCH", "SEALED_FILE", "SEGMENT_FILE", "Partition", "SegmentEntry", "SliceName", "VersionInfo",
-    "attempt_entries", "attempts", "boot_id", "check_name", "data_bytes", "data_file", "is_torn",
+    "attempt_entries", "attempts", "boot_id", "check_name", "data_bytes", "is_torn",
     "make_directory", "parse_slice_name", "parse_version", "partition_directory", "partitions",
     "rank_directories", "rank_directory", "read_json", "read_version", "read_version_document",
     "register_attempt", "resolve_data_dir", "segment_directories", "segments", "slice_files", "slug",

@@ -142,15 +142,10 @@ def parse_slice_name(name: str) -> SliceName | None:
     return SliceName(attempt, first_call, rows, ground_truth_rows, match[5], match[6])
 
 
-def data_file(path: Path) -> Path:
-    """The file that holds the data of a segment or of a slice, which is one file."""
-    return path / DATA_FILE if path.is_dir() else path
-
-
 def data_bytes(path: Path) -> int:
-    """Size of that file; 0 if it is gone."""
+    """Size of the data file of a segment, or of a slice, which is one file; 0 if it is gone."""
     try:
-        return os.stat(data_file(path)).st_size
+        return os.stat(path / DATA_FILE if path.is_dir() else path).st_size
     except OSError:
         return 0
 
