@@ -170,7 +170,7 @@ def test_labels_that_name_no_class_are_not_judged(tmp_path: Path) -> None:
     labels[:2] = -100, 3
     analysis = one_call_trace(tmp_path, {"logits": LOGITS}, labels).analysis
     assert analysis.metrics()["judged"].tolist() == [10, 10]
-    assert analysis.notes()[0].startswith("4 rows are not judged: their labels do not name one of the classes")
+    assert analysis.notes()[0].startswith("4 rows are not judged: their labels do not name one of")
 
 
 def test_outputs_of_another_number_of_classes_are_not_called_infinite(tmp_path: Path) -> None:
@@ -183,7 +183,8 @@ def test_outputs_of_another_number_of_classes_are_not_called_infinite(tmp_path: 
     analysis = open_trace("model", "v1", tmp_path).analysis
     frame = analysis.metrics()
     assert frame["judged"].tolist() == [0, 12] and frame["nonfinite"].tolist() == [0, 0]
-    assert analysis.notes()[0].startswith("12 rows are not judged") and "one number for each" in analysis.notes()[0]
+    (note,) = (one for one in analysis.notes() if "not judged" in one)
+    assert note.startswith("12 rows") and "outputs do not have one number for each" in note
 
 
 def test_soft_labels_give_their_cross_entropy(tmp_path: Path) -> None:

@@ -38,9 +38,9 @@ class Analysis:
     * Features are read of at most 12 epochs, evenly chosen, the first and the last among them.
 
     Classes are what the last dimension of ``logits`` (rows, classes) counts; one logit a sample with labels 0
-    and 1 is the logit of class 1, or its probability where all lie from 0 to 1. Hard labels, and soft ones that add up to 1, of which the likeliest class
-    counts. Whatever cannot be judged is left out, and `notes` says so in a sentence; a table that makes no
-    sense for a trace is empty.
+    and 1 is the logit of class 1, or its probability where all lie from 0 to 1. Hard labels, and soft ones
+    that add up to 1, of which the likeliest class counts. Whatever cannot be judged is left out, and `notes`
+    says so in a sentence; a table that makes no sense for a trace is empty.
     """
 
     def __init__(self, source: Source, progress: Callable[[int], object] = lambda rows: None) -> None:
@@ -296,8 +296,8 @@ class Analysis:
         unjudged = sum(one.labelled - one.judged - one.nonfinite for one in found.figures.values())
         if unjudged and found.kind.has_labels:
             notes.append(
-                f"{unjudged} rows are not judged: their labels do not name one of the classes, or their outputs "
-                "do not have one number for each."
+                f"{unjudged} rows are not judged: their labels do not name one of the classes, or their "
+                "outputs do not have one number for each."
             )
         if found.kind.has_labels and found.share < 1:
             notes.append(
