@@ -100,9 +100,9 @@ class Analysis:
         """Figures of each epoch and ``dataset_type``.
 
         Columns: ``n_epoch`` (-1: no epoch), ``dataset_type``, ``rows``, ``labelled``, ``judged`` (rows with a
-        class as label and finite outputs), ``nonfinite`` (labelled rows whose outputs have a NaN or +inf, or no finite one),
-        ``accuracy`` and ``loss`` (mean cross entropy in nats, log-softmax in float64) of the judged rows; NaN
-        without such.
+        class as label and finite outputs), ``nonfinite`` (labelled rows whose outputs have a NaN or +inf, or
+        no finite number), ``accuracy`` and ``loss`` (mean cross entropy in nats, log-softmax in float64) of
+        the judged rows; NaN without such.
         """
         rows = [
             {
