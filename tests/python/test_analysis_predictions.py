@@ -170,7 +170,21 @@ def test_labels_that_name_no_class_are_not_judged(tmp_path: Path) -> None:
     labels[:2] = -100, 3
     analysis = one_call_trace(tmp_path, {"logits": LOGITS}, labels).analysis
     assert analysis.metrics()["judged"].tolist() == [10, 10]
-    assert analysis.notes()[0] == "4 rows have labels that name none of the classes; they are not judged."
+    assert analysis.notes()[0].startswith("4 rows are not judged: their labels do not name one of")
+
+
+def test_outputs_of_another_number_of_classes_are_not_called_infinite(tmp_path: Path) -> None:
+    writer = FormatWriter(tmp_path)
+    for epoch, width in ((0, 4), (1, 3)):
+        outputs = np.ones((12, width), "<f4")
+        ids = [str(row) for row in range(12)]
+        writer.call(epoch, ids, {"logits": Column(outputs)}, {"label": Column(LABELS)}, epoch=epoch)
+    writer.write()
+    analysis = open_trace("model", "v1", tmp_path).analysis
+    frame = analysis.metrics()
+    assert frame["judged"].tolist() == [0, 12] and frame["nonfinite"].tolist() == [0, 0]
+    (note,) = (one for one in analysis.notes() if "not judged" in one)
+    assert note.startswith("12 rows") and "outputs do not have one number for each" in note
 
 
 def test_soft_labels_give_their_cross_entropy(tmp_path: Path) -> None:
@@ -191,6 +205,17 @@ def test_one_output_is_the_logit_of_the_second_class(tmp_path: Path, dtype: str)
     assert row["accuracy"] == ((exact > 0) == labels.astype(bool)).mean()
 
 
+def test_one_output_from_0_to_1_is_the_probability_of_the_second_class(tmp_path: Path) -> None:
+    chances = 1 / (1 + np.exp(-LOGITS[:, :1].astype(np.float64)))
+    labels = np.arange(12) % 2
+    analysis = one_call_trace(tmp_path, {"logits": chances}, labels).analysis
+    row = analysis.metrics().iloc[0]
+    chance = np.where(labels == 1, chances[:, 0], 1 - chances[:, 0])
+    assert row["loss"] == pytest.approx(-np.log(chance).mean())
+    assert row["accuracy"] == ((chances[:, 0] > 0.5) == labels).mean()
+    assert any("taken for the probability of class 1" in note for note in analysis.notes())
+
+
 def test_probabilities_are_taken_for_what_they_are(tmp_path: Path) -> None:
     chances = np.exp(log_softmax(LOGITS)).astype("<f4")
     analysis = one_call_trace(tmp_path, {"logits": chances}, LABELS).analysis
@@ -204,6 +229,8 @@ def test_probabilities_are_taken_for_what_they_are(tmp_path: Path) -> None:
     [
         (LOGITS, None, "There are no labels."),
         (LOGITS, np.ones((12, 3), "<f4"), "several classes a sample (multi-label)"),
+        # Some rows name one class, by chance.
+        (LOGITS, np.array([[1, 0, 0], [1, 0, 1]] * 6, "<f4"), "several classes a sample (multi-label)"),
         (LOGITS, np.full(12, 0.5, "<f4"), "numbers with fractions"),
         (LOGITS, np.zeros((12, 4, 4), "<i8"), "a label of shape (4, 4) and 3 outputs"),
         (LOGITS, [np.zeros(row + 1) for row in range(12)], "not numbers of one shape"),
@@ -275,6 +302,17 @@ def test_too_many_classes_leave_the_ranking_to_the_margins(
     for _, row in frame.iterrows():
         expected = (margins[row["dataset_type"], row["input_id"]] + 1) / 2
         assert row["label_quality"] == pytest.approx(expected)
+
+
+def test_epochs_do_not_count_against_the_bound_on_samples_times_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "MAX_PROBABILITIES", 60 * 4)
+    trace, _ = classifier_trace(tmp_path, epochs=4, samples=60, classes=4)
+    expected = trace.analysis.label_issues()
+    assert expected["is_issue"].notna().all()
+    monkeypatch.setattr(samples, "MAX_PROBABILITIES", 60 * 4 - 1)
+    assert trace.analysis.label_issues()["is_issue"].isna().all()
 
 
 def test_a_trace_without_rows_gives_empty_tables(tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ def test_ls_lists_what_is_recorded(store: Path) -> None:
     assert found[1]["rows"] == 0 and found[1]["epochs"] == []
     lines = fine("ls", "--data-dir", store).splitlines()
     assert len(lines) == 3 and lines[1].split()[:5] == ["model", "v1", "none,", "0-1", "24"]
+    assert [line.split()[-1] for line in lines] == ["STATE", "idle", "idle"]
 
 
 def test_the_data_dir_comes_from_the_group_the_command_or_the_environment(
@@ -313,6 +314,52 @@ def test_a_closed_pipe_ends_quietly(store: Path) -> None:
         process.stdout.close()
         errors = process.stderr.read()
     assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["info", "model", "v1"], ["info", "model", "v1", "--json"]])
+def test_a_full_disk_behind_standard_output_is_status_one_in_a_sentence(
+    store: Path, arguments: list[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ml_debugger.cli", "--data-dir", str(store), *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["ls", "info model v1", "ls --json"])
+def test_standard_output_that_the_shell_has_closed_is_no_error(store: Path, arguments: str) -> None:
+    done = subprocess.run(
+        f'"{sys.executable}" -m ml_debugger.cli --data-dir "{store}" {arguments} >&-',
+        shell=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("command", [["ls"], ["info", "名前", "v1"]])
+def test_names_that_standard_output_cannot_encode_are_escaped(
+    tmp_path: Path, command: list[str], encoding: str
+) -> None:
+    FormatWriter(tmp_path, "名前", "v1").write()
+    done = subprocess.run(
+        [sys.executable, "-m", "ml_debugger.cli", *command, "--data-dir", str(tmp_path)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    # click writes UTF-8 where a terminal claims to know ASCII only.
+    assert rb"\u540d\u524d" in done.stdout or "名前".encode() in done.stdout
 
 
 def test_completion_knows_the_names(store: Path) -> None:

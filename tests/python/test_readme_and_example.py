@@ -126,6 +126,26 @@ def test_shell_lines_of_the_readme_make_a_key_run_a_collector_and_upload(tmp_pat
     assert open_trace("mlp", "v3", tmp_path / "mld_data").num_rows("extracted_feature") == 3
 
 
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as Markdown renderers make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_to_a_file_and_a_heading(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
 @pytest.mark.parametrize("page", ["record.md", "read.md", "export.md", "look.md"])
 def test_python_blocks_of_the_pages_run_one_after_the_other(page: str, tmp_path: Path) -> None:
     for package in ("pyarrow", "pandas", "sklearn"):

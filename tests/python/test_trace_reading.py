@@ -321,6 +321,9 @@ def test_several_dtypes_that_would_be_rounded_are_refused_by_name(tmp_path: Path
         trace.arrays("extracted_feature")
     with pytest.raises(StorageError, match="float64, int64"):
         trace.iter_batches("extracted_feature")
+    with pytest.raises(StorageError, match="float64, int64") as caught:
+        trace.tensors("extracted_feature")
+    assert "tensors" not in caught.value.hint  # it names only what helps
     assert trace.arrays("extracted_feature", dataset_type="train")["features"].tolist() == [2**60 + 1]
     assert trace.arrays("extracted_feature", columns=["input_id"])["input_id"].tolist() == ["a", "b"]
 

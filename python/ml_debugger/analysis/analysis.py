@@ -38,9 +38,9 @@ class Analysis:
     * Features are read of at most 12 epochs, evenly chosen, the first and the last among them.
 
     Classes are what the last dimension of ``logits`` (rows, classes) counts; one logit a sample with labels 0
-    and 1 is the logit of class 1. Hard labels, and soft ones that add up to 1, of which the likeliest class
-    counts. Whatever cannot be judged is left out, and `notes` says so in a sentence; a table that makes no
-    sense for a trace is empty.
+    and 1 is the logit of class 1, or its probability where all lie from 0 to 1. Hard labels, and soft ones
+    that add up to 1, of which the likeliest class counts. Whatever cannot be judged is left out, and `notes`
+    says so in a sentence; a table that makes no sense for a trace is empty.
     """
 
     def __init__(self, source: Source, progress: Callable[[int], object] = lambda rows: None) -> None:
@@ -100,9 +100,9 @@ class Analysis:
         """Figures of each epoch and ``dataset_type``.
 
         Columns: ``n_epoch`` (-1: no epoch), ``dataset_type``, ``rows``, ``labelled``, ``judged`` (rows with a
-        class as label and finite outputs), ``nonfinite`` (labelled rows whose outputs have a NaN or +inf),
-        ``accuracy`` and ``loss`` (mean cross entropy in nats, log-softmax in float64) of the judged rows; NaN
-        without such.
+        class as label and finite outputs), ``nonfinite`` (labelled rows whose outputs have a NaN or +inf, or
+        no finite number), ``accuracy`` and ``loss`` (mean cross entropy in nats, log-softmax in float64) of
+        the judged rows; NaN without such.
         """
         rows = [
             {
@@ -284,16 +284,21 @@ class Analysis:
         """Sentences: what could not be judged and why, and what was sampled, in the passes so far."""
         found = self.predictions
         notes = list(found.kind.problems)
-        if found.kind.are_probabilities:
+        if found.kind.one_output and found.kind.are_probabilities:
+            notes.append("One output a sample, from 0 to 1, is taken for the probability of class 1 of two.")
+        elif found.kind.are_probabilities:
             notes.append("The outputs are not negative and add up to 1: they are taken for probabilities.")
-        if found.kind.one_output:
+        elif found.kind.one_output:
             notes.append("One output a sample is taken for the logit of class 1 of two.")
         nonfinite = sum(one.nonfinite for one in found.figures.values())
         if nonfinite:
             notes.append(f"{nonfinite} labelled rows have outputs with NaN or +inf; they are not judged.")
         unjudged = sum(one.labelled - one.judged - one.nonfinite for one in found.figures.values())
         if unjudged and found.kind.has_labels:
-            notes.append(f"{unjudged} rows have labels that name none of the classes; they are not judged.")
+            notes.append(
+                f"{unjudged} rows are not judged: their labels do not name one of the classes, or their "
+                "outputs do not have one number for each."
+            )
         if found.kind.has_labels and found.share < 1:
             notes.append(
                 f"Of the samples {found.share:.1%}, chosen by a hash of their ids, were followed one by one."

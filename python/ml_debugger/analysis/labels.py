@@ -71,7 +71,8 @@ def judge_labels(labels: Array, probabilities: Array | None, margins: Array) -> 
     """Judge labels by mean probabilities (rows, classes), or where there are none by mean margins."""
     if probabilities is None or not len(labels):
         return LabelQuality((margins + 1) / 2, None, "mean margin over the epochs")
-    if importlib.util.find_spec("cleanlab") is not None:
+    has_cleanlab = importlib.util.find_spec("cleanlab") is not None
+    if has_cleanlab:
         found = _by_cleanlab(labels, probabilities)
         if found is not None:
             return found
@@ -79,7 +80,8 @@ def judge_labels(labels: Array, probabilities: Array | None, margins: Array) -> 
     others = probabilities.copy()
     others[own] = -1
     scores = (probabilities[own].astype(np.float64) - others.max(axis=1, initial=-1) + 1) / 2
-    method = "confident learning, own implementation (cleanlab is not installed)"
+    why = "cleanlab refused these labels" if has_cleanlab else "cleanlab is not installed"
+    method = f"confident learning, own implementation ({why})"
     return LabelQuality(scores, confident_issues(labels, probabilities), method)
 
 

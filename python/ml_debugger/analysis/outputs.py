@@ -22,7 +22,7 @@ class Scores:
         labels: Class of each row, int64; of soft labels the likeliest. -1: none.
         predictions: Class with the highest output, int64; -1: the outputs are not finite.
         judged: Rows with a class as label and finite outputs.
-        nonfinite: Rows with a label, whose outputs have a NaN or +inf.
+        nonfinite: Rows with a label, whose outputs have a NaN or +inf, or are all -inf.
         log_probabilities: float64 (rows, classes); 0 where the outputs are not finite.
         loss: Cross entropy in nats, float64; 0 where not judged.
         confidence: Probability of the label, float64; 0 where not judged.
@@ -46,7 +46,8 @@ class OutputKind:
     Attributes:
         num_classes: Classes that the outputs tell apart; 0: they are no outputs of a classifier.
         one_output: One logit a sample, of the second of two classes.
-        are_probabilities: The outputs are no logits: they are not negative and add up to 1.
+        are_probabilities: The outputs are no logits: they are not negative and add up to 1, or the one output
+            lies from 0 to 1.
         problems: Sentences that say what cannot be judged, and why; empty where everything can.
         has_labels: Labels name classes.
     """
@@ -75,7 +76,7 @@ class OutputKind:
                 )
             )
         if flat.shape[1] == 1:
-            return cls._of_one_output(labels)
+            return cls._of_one_output(flat, labels)
         problem = _label_problem(labels, flat.shape[1])
         return cls(
             num_classes=flat.shape[1],
@@ -85,12 +86,13 @@ class OutputKind:
         )
 
     @classmethod
-    def _of_one_output(cls, labels: Array | None) -> OutputKind:
+    def _of_one_output(cls, outputs: Array, labels: Array | None) -> OutputKind:
         if labels is None:
             return cls(problems=("There are no labels, and one output a sample does not tell classes.",))
         if not is_numeric(labels) or labels.size != len(labels) or not np.isin(labels, (0, 1)).all():
             return cls(problems=("There is one output a sample, and labels that are not 0 or 1.",))
-        return cls(num_classes=2, one_output=True, has_labels=True)
+        are_probabilities = bool(((outputs >= 0) & (outputs <= 1)).all())  # logits have both signs
+        return cls(num_classes=2, one_output=True, are_probabilities=are_probabilities, has_labels=True)
 
     def score(self, batch: LabelledBatch) -> Scores:
         """Judge some rows; rows that are not what was decided are not judged."""
@@ -114,20 +116,31 @@ class OutputKind:
             labels=labels,
             predictions=predictions,
             judged=judged,
-            nonfinite=labelled & ~finite,
+            nonfinite=labelled & ~finite & self._fits(batch.columns.get(LOGITS), rows),
             log_probabilities=log_probabilities,
             loss=np.where(judged, loss, 0.0),
             confidence=confidence,
             margin=np.where(judged, margin, 0.0),
         )
 
+    @property
+    def _width(self) -> int:
+        """Numbers of the outputs of a sample."""
+        return 1 if self.one_output else self.num_classes
+
+    def _fits(self, outputs: Array | None, rows: int) -> bool:
+        """Whether some outputs are what was decided."""
+        width = self._width
+        return outputs is not None and width > 0 and is_numeric(outputs) and outputs.size == rows * width
+
     def _log_probabilities(self, outputs: Array | None, rows: int) -> tuple[Array, Mask]:
-        width = 1 if self.one_output else self.num_classes
-        if outputs is None or not width or not is_numeric(outputs) or outputs.size != rows * width:
+        width = self._width
+        if outputs is None or not self._fits(outputs, rows):
             return np.zeros((rows, max(self.num_classes, 1))), np.zeros(rows, np.bool_)
         logits = outputs.reshape(rows, width).astype(np.float64)
         if self.one_output:
-            logits = np.concatenate([np.zeros((rows, 1)), logits], axis=1)
+            other = 1 - logits if self.are_probabilities else np.zeros((rows, 1))
+            logits = np.concatenate([other, logits], axis=1)
         if self.are_probabilities:
             with np.errstate(divide="ignore", invalid="ignore"):
                 logits = np.log(logits)
@@ -168,7 +181,8 @@ def _label_problem(labels: Array | None, num_classes: int) -> str:
             return "The labels are numbers with fractions, not classes."
         return ""
     if labels.shape[1:] == (num_classes,):
-        if _row_distributions(labels).any():
+        # One row that names several classes says that those which name one do so by chance.
+        if _row_distributions(labels).any() and not _names_several(labels).any():
             return ""
         return "The labels name several classes a sample (multi-label), which are not judged."
     return (
@@ -179,6 +193,14 @@ def _label_problem(labels: Array | None, num_classes: int) -> str:
 
 def _are_distributions(values: Array) -> bool:
     return len(values) > 0 and bool(_row_distributions(values).all())
+
+
+def _names_several(values: Array) -> Mask:
+    """Which rows are not negative and add up to more than 1."""
+    numbers = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        rows: Mask = (numbers >= 0).all(axis=1) & (numbers.sum(axis=1) > 1 + _SUM_TOLERANCE)
+    return rows
 
 
 def _row_distributions(values: Array) -> Mask:

@@ -47,8 +47,9 @@ class SampleTable:
         self._confidence = np.zeros(max_rows)
         self._squares = np.zeros(max_rows)
         self._margin = np.zeros(max_rows)
-        keeps = 0 < max_rows * num_classes <= MAX_PROBABILITIES
-        self._probabilities = np.zeros((max_rows, num_classes), np.float32) if keeps else None
+        # Epochs may hold different samples, so how many there are shows only as they come.
+        room = min(max_rows, MAX_PROBABILITIES // num_classes) if num_classes else 0
+        self._probabilities = np.zeros((room, num_classes), np.float32) if room else None
 
     def rows_of(self, dataset_type: str, input_ids: list[str]) -> Array:
         """Row of each sample, int64; new ones get one, or -1 once the table is full."""
@@ -61,6 +62,8 @@ class SampleTable:
                 self.num_rows += 1
             rows[position] = row
         self.turned_away += int((rows < 0).sum())
+        if self._probabilities is not None and self.num_rows > len(self._probabilities):
+            self._probabilities = None
         return rows
 
     def row_of(self, dataset_type: str, input_id: str) -> int | None:

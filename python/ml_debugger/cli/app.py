@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import warnings
@@ -55,7 +56,7 @@ class _LazyGroup(click.Group):
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Errors of ours become one sentence and exit status 1; warnings a sentence too."""
+    """Errors of ours, and of the system, become one sentence and exit status 1; warnings a sentence too."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         click.echo(f"warning: {shown(str(message))}", err=True)
@@ -68,6 +69,11 @@ def _plain_errors() -> Iterator[None]:
         except InvalidTypeError:  # the command line gives only text: a fault of ours
             raise
         except MlDebuggerError as error:
+            click.echo(f"error: {shown(str(error))}", err=True)
+            sys.exit(1)
+        except OSError as error:  # such as a full disk behind standard output
+            if error.errno == errno.EPIPE:  # click ends quietly: nobody reads any more
+                raise
             click.echo(f"error: {shown(str(error))}", err=True)
             sys.exit(1)
 

@@ -41,7 +41,7 @@ def ls(ctx: click.Context, data_dir: Path, as_json: bool) -> None:
                     survey.totals.rows,
                     human_bytes(survey.totals.disk_bytes),
                     len(survey.ranks),
-                    "writing" if survey.writing else "",
+                    "writing" if survey.writing else "idle",
                 ]
                 for survey in surveys
             ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -12,6 +13,12 @@ import click
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _NOT_A_TERMINAL_WIDTH = 100_000
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """Let standard output escape characters that its encoding lacks; a name may hold any."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def print_json(document: Any) -> None:
@@ -38,6 +45,8 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
+    if sys.stdout is None:  # closed by the shell
+        return
     is_terminal = sys.stdout.isatty()
     console = Console(
         width=None if is_terminal else _NOT_A_TERMINAL_WIDTH, highlight=False, emoji=False, soft_wrap=False
