@@ -105,6 +105,13 @@ def test_verify_and_info_name_the_ranks_that_left_nothing_here(record: Record, t
     assert json.loads(info.output)["missing_ranks"] == [1, 2]
 
 
+def test_a_rank_that_recorded_in_an_older_job_only_is_named_too(record: Record, tmp_path: Path) -> None:
+    for rank in (0, 1, 2):
+        record("a", rank, run="older", world=3)
+    (directory,) = record("a", 1, run="newer", world=3).glob("*/*")
+    assert verify_trace(directory).missing_ranks == [0, 2]
+
+
 def test_a_second_merge_changes_nothing_and_a_later_one_adds_what_is_new(
     record: Record, tmp_path: Path
 ) -> None:
