@@ -319,6 +319,7 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
                                            bool count) {
   if (directories.empty()) return {};
   std::vector<std::string> trash;
+  std::set<std::string> changed;  // a place each in the home and in staging
   DroppedRows rows;
   for (const std::string& directory : directories) {
     if (is_slice(directory)) {
@@ -327,8 +328,11 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
     }
     trash.push_back(next_trash_name(directory));
     rename_path(directory, trash.back());
+    changed.insert(trash.back().substr(0, trash.back().rfind('/')));
+    changed.insert(directory.substr(0, directory.rfind('/')));
   }
-  sync_directory(directory_);  // else a power cut brings the epoch back, whatever the durability
+  // Else a power cut brings the epoch back, whatever the durability.
+  for (const std::string& place : changed) sync_directory(place);
   std::set<std::pair<std::uint32_t, std::uint64_t>> seen;
   for (const std::string& directory : trash) {
     std::vector<std::string> segments{directory};

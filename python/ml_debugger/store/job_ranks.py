@@ -212,7 +212,8 @@ class _OtherRank:
     def unsettled(self) -> Unsettled:
         if not self.is_dead and self._target is None:
             status = read_status(self._directory) or {}
-            self._pid = status.get("pid")
+            # Its first status may be yet to come; its lock file tells at once whose it is.
+            self._pid = status.get("pid") or (_owner(self._directory) or {}).get("pid")
             self._left = _in_flight(status)
         return Unsettled(self._rank, self._pid, self._left, self.is_dead)
 
