@@ -256,6 +256,16 @@ def test_a_segment_of_the_output_that_is_another_one_is_told(record: Record, tmp
         merge_data_dirs([source], tmp_path / "all")
 
 
+def test_small_files_that_a_killed_merge_was_writing_are_deleted(record: Record, tmp_path: Path) -> None:
+    source = record("a", 0)
+    merge_data_dirs([source], tmp_path / "all")
+    (rank_dir,) = (tmp_path / "all").glob("*/*/rank-*")
+    before = sorted(path.name for path in rank_dir.iterdir())
+    (rank_dir / ".attempts.json.7.8.tmp").write_text("{")
+    merge_data_dirs([source], tmp_path / "all")
+    assert sorted(path.name for path in rank_dir.iterdir()) == before
+
+
 def test_the_command_merges_and_tells_what_it_did(record: Record, tmp_path: Path) -> None:
     sources = [str(record("a", 0)), str(record("b", 1))]
     run = CliRunner().invoke(cli, ["merge", *sources, "--output", str(tmp_path / "all"), "--json"])

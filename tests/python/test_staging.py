@@ -375,3 +375,63 @@ def test_a_segment_that_moves_between_two_listings_is_not_overlooked(tmp_path: P
     layout.write_staging(home, [{"directory": str(place), "host": "x"}])
     found = layout.segments(home / "epoch-3")
     assert [entry.path.parent.parent for entry in found] == [home, place]
+
+
+# The calls of the core by which it asks what a filesystem is; what lies under $NFS says that it is NFS.
+STATFS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/vfs.h>
+#define ANSWER(name, type)                                                                  \
+  int name(const char* path, struct type* status) {                                         \
+    int result = ((int (*)(const char*, struct type*))dlsym(RTLD_NEXT, #name))(path, status); \
+    if (strncmp(path, getenv("NFS"), strlen(getenv("NFS"))) == 0) status->f_type = 0x6969;  \
+    return result;                                                                          \
+  }
+ANSWER(statfs, statfs)
+ANSWER(statfs64, statfs64)
+"""
+ON_NFS = """
+import sys, torch
+from pathlib import Path
+from ml_debugger import TracerConfig, open_trace
+from ml_debugger.errors import StorageError
+from ml_debugger.training import ClassificationTracer
+home, local = map(Path, sys.argv[1:])
+def open_tracer(staging_dir):
+    config = TracerConfig(data_dir=home, staging_dir=staging_dir, ring_bytes=1 << 20)
+    return ClassificationTracer(torch.nn.Sequential(torch.nn.Linear(4, 3)), "net", "v1", config=config)
+for staging_dir in (None, home / "inside"):
+    try:
+        open_tracer(staging_dir)
+    except StorageError as error:
+        assert "network filesystem (NFS)" in str(error) and "staging_dir" in str(error), error
+    else:
+        raise AssertionError(staging_dir)
+with open_tracer(local) as tracer:
+    tracer(torch.ones(2, 4), [0, 1], ["a", "b"])
+assert list(home.glob("*/*/*/*/*/data.mdb"))
+assert open_trace("net", "v1", data_dir=home).num_rows("extracted_feature") == 2
+"""
+
+
+def test_a_network_filesystem_is_refused_unless_a_local_directory_is_staged_in(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    (tmp_path / "statfs.c").write_text(STATFS)
+    library, home = tmp_path / "statfs.so", tmp_path / "home"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "statfs.c", "-ldl"], check=True, timeout=60
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ON_NFS, home, tmp_path / "local"],
+        env={**os.environ, "LD_PRELOAD": str(library), "NFS": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
