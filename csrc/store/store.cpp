@@ -269,6 +269,14 @@ void StoreState::adopt_earlier_segments() {
       }
     }
   }
+  if (!is_staged()) return;
+  // What was left in staging is brought home by others; here it counts for the budget.
+  for (const std::string& name : list_directory(options_.staging)) {
+    if (!starts_with(name, kPartitionPrefix)) continue;
+    const std::string partition = options_.staging + "/" + name;
+    for (const std::string& segment : list_directory(partition))
+      add_disk_bytes(disk_bytes_of(partition + "/" + segment + "/" + kDataFile));
+  }
 }
 
 void StoreState::subtract_disk_bytes(std::uint64_t bytes) noexcept {

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ml_debugger import TracerConfig, load_export, open_trace
+from ml_debugger.errors import DiskBudgetError
 from ml_debugger.store import layout, staging
 from ml_debugger.store.dropping import drop_rows
 from ml_debugger.store.survey import survey_trace
@@ -312,6 +313,15 @@ def test_a_segment_that_cannot_be_moved_does_not_stop_the_next_tracer(
     second.close()
     assert segments_in(stage) == []
     assert segments_in(data_dir) == ["epoch-1/a00001-s00000"]
+
+
+def test_what_a_crash_left_in_staging_counts_for_the_budget(
+    left: Path, open_tracer: Open, stage: Path
+) -> None:
+    (staged,) = stage.glob("**/data.mdb")
+    tracer = open_tracer(max_bytes=os.stat(staged).st_blocks * 512)
+    with pytest.raises(DiskBudgetError):
+        record(tracer, 1)
 
 
 def test_a_copy_whose_original_a_crash_left_is_not_copied_again(
