@@ -96,4 +96,6 @@ wait_for("end")
     ]
     homes = {str(Path(operations[number].paths[1]).parent) for number in renames}
     assert len(homes) == 2
-    assert homes <= {operation.paths[0] for operation in operations[renames[-1] :] if operation.name == "fsync"}
+    assert homes <= {
+        operation.paths[0] for operation in operations[renames[-1] :] if operation.name == "fsync"
+    }

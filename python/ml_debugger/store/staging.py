@@ -189,7 +189,9 @@ def _take_place(rank_dir: Path, place: Path) -> None:
         aside = place.with_name(f"{place.name}-{secrets.token_hex(4)}")
         with layout.storage_errors(f"rename {place}", "check that staging_dir is writable"):
             os.rename(place, aside)
-        logger.warning("%s holds segments that %s knows nothing of: now they are in %s", place, rank_dir, aside)
+        logger.warning(
+            "%s holds segments that %s knows nothing of: now they are in %s", place, rank_dir, aside
+        )
     adopt(rank_dir, place)
     layout.make_directory(place)
     layout.write_staging(rank_dir, [*layout.staging_entries(rank_dir), own])
