@@ -269,6 +269,14 @@ void StoreState::adopt_earlier_segments() {
       }
     }
   }
+  if (!is_staged()) return;
+  // What was left in staging is brought home by others; here it counts for the budget.
+  for (const std::string& name : list_directory(options_.staging)) {
+    if (!starts_with(name, kPartitionPrefix)) continue;
+    const std::string partition = options_.staging + "/" + name;
+    for (const std::string& segment : list_directory(partition))
+      add_disk_bytes(disk_bytes_of(partition + "/" + segment + "/" + kDataFile));
+  }
 }
 
 void StoreState::subtract_disk_bytes(std::uint64_t bytes) noexcept {
@@ -319,6 +327,7 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
                                            bool count) {
   if (directories.empty()) return {};
   std::vector<std::string> trash;
+  std::set<std::string> changed;  // a place each in the home and in staging
   DroppedRows rows;
   for (const std::string& directory : directories) {
     if (is_slice(directory)) {
@@ -327,8 +336,11 @@ DroppedRows StoreState::delete_directories(const std::vector<std::string>& direc
     }
     trash.push_back(next_trash_name(directory));
     rename_path(directory, trash.back());
+    changed.insert(trash.back().substr(0, trash.back().rfind('/')));
+    changed.insert(directory.substr(0, directory.rfind('/')));
   }
-  sync_directory(directory_);  // else a power cut brings the epoch back, whatever the durability
+  // Else a power cut brings the epoch back, whatever the durability.
+  for (const std::string& place : changed) sync_directory(place);
   std::set<std::pair<std::uint32_t, std::uint64_t>> seen;
   for (const std::string& directory : trash) {
     std::vector<std::string> segments{directory};

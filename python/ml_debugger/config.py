@@ -71,7 +71,8 @@ class TracerConfig:
         every_n_calls: Record calls 1, n+1, 2n+1, ... of the tracer. Default 1.
         sample_fraction: Record this fraction of samples, in (0, 1], chosen by a hash of the id. Default 1.0.
             Ids in a GPU tensor are waited for.
-        max_bytes: Disk budget of a trace in bytes; reaching it is a `DiskBudgetError`. Default None.
+        max_bytes: Disk budget of a trace in bytes, for each rank; reaching it is a `DiskBudgetError`. Default
+            None.
         keep_epochs: Drop older epochs as new ones begin, so that this many stay. Default None.
         data_rank: Number under which this process records; -1 records nothing. Default: the process's rank.
 

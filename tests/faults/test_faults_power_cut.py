@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 
 from disks import ext4
+from fork_server import ForkServer
+from injection import require_strace
+from rank_processes import Ranks
 from trials import Score, rounds
+from write_log import WriteLog
 
 CUTS_A_DISK = 5
 
@@ -56,3 +60,42 @@ def test_a_power_cut_costs_what_the_durability_says(
                 trial.judge(boot_id_file=boot)
             assert trial.verify(boot_id_file=boot) > 0
     assert tally.fired == tally.rounds
+
+
+def test_a_drop_of_what_is_staged_is_synced_where_it_was_staged_too(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    """Else a power cut brings the segment back, and the next tracer moves it home."""
+    require_strace()
+    job = Ranks(server, tmp_path / "job")
+    source = """
+tracer = open_tracer(staging_dir=folder / "stage")
+call(tracer, 0)
+tracer.flush()
+reach("staged")
+wait_for("drop")
+tracer.drop_epoch_data(0)
+reach("dropped")
+wait_for("end")
+"""
+    try:
+        process = job.start(0, source)
+        job.reached("staged", 0, process)
+        with WriteLog(process.pid, tmp_path / "log") as log:
+            job.tell("drop")
+            job.reached("dropped", 0, process)
+        job.tell("end")
+        assert process.wait(60) == 0, process.output()
+    finally:
+        job.end()
+    operations = log.operations()
+    renames = [
+        number
+        for number, operation in enumerate(operations)
+        if operation.name == "rename" and "/trash-" in operation.paths[1]
+    ]
+    homes = {str(Path(operations[number].paths[1]).parent) for number in renames}
+    assert len(homes) == 2
+    assert homes <= {
+        operation.paths[0] for operation in operations[renames[-1] :] if operation.name == "fsync"
+    }

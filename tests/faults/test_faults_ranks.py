@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 from fork_server import ForkServer
-from ml_debugger import load_export, open_trace
+from ml_debugger import _core, load_export, open_trace
+from ml_debugger.job import Job
+from ml_debugger.store import layout
+from ml_debugger.store.job_ranks import owner_text, settle_other_ranks
 from rank_processes import Ranks
 
 FEATURES = "extracted_feature"
@@ -92,6 +95,18 @@ def test_a_stopped_rank_holds_export_up_for_stall_timeout_and_is_named(ranks: Ra
     ranks.tell("end")
     assert other.wait(60) == 0
     assert open_trace("net", "v1", data_dir=ranks.data_dir).num_rows(FEATURES) == 24
+
+
+def test_a_late_rank_that_has_told_nothing_yet_is_named_with_its_process(tmp_path: Path) -> None:
+    """Stopped before its first status; its rank directory and its lock are all that is there."""
+    job = Job("job#0", 2)
+    rank_dir = layout.rank_directory(tmp_path, 1)
+    store = _core.Store(str(rank_dir), rank=1, durability="process", owner=owner_text(job))
+    try:
+        (late,) = settle_other_ranks(tmp_path, 0, job, 0.1)
+    finally:
+        store.close()
+    assert str(late) == f"rank 1 (process {os.getpid()}) did not answer in time"
 
 
 def test_rows_that_died_with_a_rank_are_told_by_export(ranks: Ranks) -> None:

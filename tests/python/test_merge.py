@@ -105,6 +105,13 @@ def test_verify_and_info_name_the_ranks_that_left_nothing_here(record: Record, t
     assert json.loads(info.output)["missing_ranks"] == [1, 2]
 
 
+def test_a_rank_that_recorded_in_an_older_job_only_is_named_too(record: Record, tmp_path: Path) -> None:
+    for rank in (0, 1, 2):
+        record("a", rank, run="older", world=3)
+    (directory,) = record("a", 1, run="newer", world=3).glob("*/*")
+    assert verify_trace(directory).missing_ranks == [0, 2]
+
+
 def test_a_second_merge_changes_nothing_and_a_later_one_adds_what_is_new(
     record: Record, tmp_path: Path
 ) -> None:
@@ -247,6 +254,16 @@ def test_a_segment_of_the_output_that_is_another_one_is_told(record: Record, tmp
     path.write_bytes(content[:-4096])
     with pytest.raises(CorruptDataError, match="merge into a new directory"):
         merge_data_dirs([source], tmp_path / "all")
+
+
+def test_small_files_that_a_killed_merge_was_writing_are_deleted(record: Record, tmp_path: Path) -> None:
+    source = record("a", 0)
+    merge_data_dirs([source], tmp_path / "all")
+    (rank_dir,) = (tmp_path / "all").glob("*/*/rank-*")
+    before = sorted(path.name for path in rank_dir.iterdir())
+    (rank_dir / ".attempts.json.7.8.tmp").write_text("{")
+    merge_data_dirs([source], tmp_path / "all")
+    assert sorted(path.name for path in rank_dir.iterdir()) == before
 
 
 def test_the_command_merges_and_tells_what_it_did(record: Record, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 import torch
 
 from ml_debugger import TracerConfig, load_export, open_trace
+from ml_debugger.errors import DiskBudgetError
 from ml_debugger.store import layout, staging
 from ml_debugger.store.dropping import drop_rows
 from ml_debugger.store.survey import survey_trace
@@ -33,9 +37,6 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         return
     if not OTHER_FILESYSTEM.is_dir() or os.stat(OTHER_FILESYSTEM).st_dev == os.stat(tmp_path).st_dev:
         pytest.skip("there is no second filesystem")
-    import shutil
-    import tempfile
-
     path = Path(tempfile.mkdtemp(dir=OTHER_FILESYSTEM))
     yield path
     shutil.rmtree(path)
@@ -195,8 +196,8 @@ def test_what_a_killed_process_left_is_read_where_it_is_and_moved_by_the_next_tr
 ) -> None:
     assert open_trace("net", "v1").num_rows(FEATURES) == 4
     record(open_tracer(), 1)
+    wait_until(lambda: segments_in(stage) == ["epoch-1/a00001-s00000"])
     assert segments_in(data_dir) == ["epoch-0/a00000-s00000"]
-    assert segments_in(stage) == ["epoch-1/a00001-s00000"]
     assert open_trace("net", "v1").num_rows(FEATURES) == 16
 
 
@@ -235,7 +236,137 @@ def test_a_move_that_fails_is_tried_again_and_costs_nothing(
     assert "the next tracer of this rank on this machine moves them" in caplog.text
     assert open_trace("net", "v1").num_rows(FEATURES) == 12
     record(open_tracer(), 1)
+    wait_until(lambda: segments_in(data_dir) == ["epoch-0/a00000-s00000"])
+
+
+@pytest.fixture
+def failing_moves(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Segments with one of these names in their path cannot be moved: the disk there is full."""
+    names: set[str] = set()
+
+    def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            paths = [os.readlink(f"/proc/self/fd/{arg}") if type(arg) is int else arg for arg in args[:2]]
+            if any(name in str(path) for name in names for path in paths):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **kwargs)
+
+        return run
+
+    # A rename is what a move is on one filesystem, a copy by sendfile what it begins with between two.
+    monkeypatch.setattr(staging.os, "rename", refuse(os.rename))
+    monkeypatch.setattr(staging.os, "sendfile", refuse(os.sendfile))
+    return names
+
+
+def test_a_segment_that_cannot_be_moved_stays_readable_keeps_no_other_back_and_moves_later(
+    open_tracer: Open, stage: Path, data_dir: Path, failing_moves: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    failing_moves.add("epoch-0")
+    tracer, beside = open_tracer(), open_tracer()
+    for epoch in range(3):
+        record(tracer, epoch)
+    tracer.close()  # its segments are sealed, and the other one's mover goes on
+    wait_until(lambda: segments_in(data_dir) == ["epoch-1/a00000-s00000", "epoch-2/a00000-s00000"])
+    wait_until(lambda: "trying on" in caplog.text)
+    assert segments_in(stage) == ["epoch-0/a00000-s00000"]
+    assert open_trace("net", "v1").num_rows(FEATURES) == 36
+    (trace_dir,) = data_dir.glob("*/*")
+    assert verify_trace(trace_dir).problems == []
+    failing_moves.clear()
+    wait_until(lambda: segments_in(stage) == [])
+    assert len(segments_in(data_dir)) == 3
+    assert caplog.text.count("trying on") == 1
+    assert open_trace("net", "v1").num_rows(FEATURES) == 36
+    beside.close()
+    assert not list(data_dir.glob("*/*/*/trash-*"))
+
+
+@pytest.fixture
+def left(open_tracer: Open, stage: Path, data_dir: Path, tmp_path: Path) -> Path:
+    """The home of a rank whose process died with 12 rows of epoch 0 in staging."""
+    tracer = open_tracer()
+    record(tracer, 0)
+    (rank_dir,) = data_dir.glob("*/*/rank-*")
+    (place,) = layout.staging_directories(rank_dir)
+    entries = layout.staging_entries(rank_dir)
+    shutil.copytree(place, tmp_path / "copy")
+    tracer.close()
+    shutil.rmtree(rank_dir / "epoch-0" / "a00000-s00000")
+    shutil.move(tmp_path / "copy", place)
+    layout.write_staging(rank_dir, entries)
+    return rank_dir
+
+
+def test_a_segment_that_cannot_be_moved_does_not_stop_the_next_tracer(
+    left: Path, open_tracer: Open, stage: Path, data_dir: Path, failing_moves: set[str]
+) -> None:
+    failing_moves.add("epoch-0")
+    tracer = open_tracer()
+    record(tracer, 1)
+    tracer.close()
+    assert segments_in(stage) == ["epoch-0/a00000-s00000"]
+    assert open_trace("net", "v1").num_rows(FEATURES) == 24
+    failing_moves.clear()
+    second = open_tracer()
+    assert second.drop_epoch_data(0) == {FEATURES: 12, "ground_truth": 12}
+    second.close()
+    assert segments_in(stage) == []
+    assert segments_in(data_dir) == ["epoch-1/a00001-s00000"]
+
+
+def test_what_a_crash_left_in_staging_counts_for_the_budget(
+    left: Path, open_tracer: Open, stage: Path
+) -> None:
+    (staged,) = stage.glob("**/data.mdb")
+    tracer = open_tracer(max_bytes=os.stat(staged).st_blocks * 512)
+    with pytest.raises(DiskBudgetError):
+        record(tracer, 1)
+
+
+def test_a_copy_whose_original_a_crash_left_is_not_copied_again(
+    left: Path, open_tracer: Open, stage: Path, data_dir: Path
+) -> None:
+    """Killed after the copy had got its name, before its original was deleted."""
+    (staged,) = stage.glob("**/epoch-0")
+    shutil.copytree(staged, left / "epoch-0", dirs_exist_ok=True)
+    assert open_trace("net", "v1").num_rows(FEATURES) == 12
+    tracer = open_tracer()
+    record(tracer, 1)
+    tracer.close()
+    assert segments_in(stage) == []
+    assert segments_in(data_dir) == ["epoch-0/a00000-s00000", "epoch-1/a00001-s00000"]
+    assert open_trace("net", "v1").num_rows(FEATURES) == 24
+
+
+def test_what_another_machine_staged_under_the_same_path_is_not_forgotten(
+    open_tracer: Open, stage: Path, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = open_tracer()
+    (rank_dir,) = data_dir.glob("*/*/rank-*")
+    (own,) = layout.staging_entries(rank_dir)
+    first.close()
+    there = {**own, "host": "another"}
+    layout.write_staging(rank_dir, [there])
+    second = open_tracer()
+    assert "machine another" in caplog.text
+    assert layout.staging_entries(rank_dir) == [there, own]
+    record(second, 0)
+    second.close()
+    assert layout.staging_entries(rank_dir) == [there]
+
+
+def test_segments_whose_data_directory_was_deleted_do_not_come_back_in_a_new_one(
+    left: Path, open_tracer: Open, stage: Path, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(data_dir)
+    tracer = open_tracer()
+    record(tracer, 0)
+    assert "knows nothing of" in caplog.text
+    assert open_trace("net", "v1").num_rows(FEATURES) == 12
+    tracer.close()
     assert segments_in(data_dir) == ["epoch-0/a00000-s00000"]
+    assert segments_in(stage) == ["epoch-0/a00000-s00000"]  # set aside
 
 
 def test_places_of_different_data_directories_do_not_meet(stage: Path, tmp_path: Path) -> None:
@@ -254,3 +385,63 @@ def test_a_segment_that_moves_between_two_listings_is_not_overlooked(tmp_path: P
     layout.write_staging(home, [{"directory": str(place), "host": "x"}])
     found = layout.segments(home / "epoch-3")
     assert [entry.path.parent.parent for entry in found] == [home, place]
+
+
+# The calls of the core by which it asks what a filesystem is; what lies under $NFS says that it is NFS.
+STATFS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/vfs.h>
+#define ANSWER(name, type)                                                                  \
+  int name(const char* path, struct type* status) {                                         \
+    int result = ((int (*)(const char*, struct type*))dlsym(RTLD_NEXT, #name))(path, status); \
+    if (strncmp(path, getenv("NFS"), strlen(getenv("NFS"))) == 0) status->f_type = 0x6969;  \
+    return result;                                                                          \
+  }
+ANSWER(statfs, statfs)
+ANSWER(statfs64, statfs64)
+"""
+ON_NFS = """
+import sys, torch
+from pathlib import Path
+from ml_debugger import TracerConfig, open_trace
+from ml_debugger.errors import StorageError
+from ml_debugger.training import ClassificationTracer
+home, local = map(Path, sys.argv[1:])
+def open_tracer(staging_dir):
+    config = TracerConfig(data_dir=home, staging_dir=staging_dir, ring_bytes=1 << 20)
+    return ClassificationTracer(torch.nn.Sequential(torch.nn.Linear(4, 3)), "net", "v1", config=config)
+for staging_dir in (None, home / "inside"):
+    try:
+        open_tracer(staging_dir)
+    except StorageError as error:
+        assert "network filesystem (NFS)" in str(error) and "staging_dir" in str(error), error
+    else:
+        raise AssertionError(staging_dir)
+with open_tracer(local) as tracer:
+    tracer(torch.ones(2, 4), [0, 1], ["a", "b"])
+assert list(home.glob("*/*/*/*/*/data.mdb"))
+assert open_trace("net", "v1", data_dir=home).num_rows("extracted_feature") == 2
+"""
+
+
+def test_a_network_filesystem_is_refused_unless_a_local_directory_is_staged_in(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    (tmp_path / "statfs.c").write_text(STATFS)
+    library, home = tmp_path / "statfs.so", tmp_path / "home"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "statfs.c", "-ldl"], check=True, timeout=60
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ON_NFS, home, tmp_path / "local"],
+        env={**os.environ, "LD_PRELOAD": str(library), "NFS": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr

@@ -321,3 +321,26 @@ def test_calls_that_are_committed_late_are_found(data_dir: Path) -> None:
         again += draft.keys
         backlog.cover(Entry(0, 0, 0, "", 0, runs_of(draft.keys)))
     assert sorted(again) == [2, 5, 6]
+
+
+def test_rows_without_labels_are_dropped_from_a_directory_that_an_upload_has_filled(tmp_path: Path) -> None:
+    """Whether there is ground truth at all is asked of what came by upload too, which is no LMDB file."""
+    import torch
+
+    from ml_debugger import TracerConfig
+    from ml_debugger.training import ClassificationTracer
+
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, 3))
+    for data_dir, endpoint in ((tmp_path / "local", str(tmp_path / "there")), (tmp_path / "there", None)):
+        config = TracerConfig(data_dir=data_dir, durability="process", ring_bytes=1 << 20)
+        with ClassificationTracer(
+            model, "net", "v1", {"stem": "0"}, api_endpoint=endpoint, config=config
+        ) as tracer:
+            tracer(torch.ones(2, 4), None, ["a", "b"], "train", 0)
+            tracer(torch.ones(2, 4), None, ["c", "d"], "train", 1)
+            if endpoint is not None:
+                tracer.upload()
+                continue
+            assert tracer.drop_epoch_data(0) == {"extracted_feature": 4}
+            tracer(torch.ones(1, 4), [1], ["e"], "train", 1)
+            assert tracer.drop_epoch_data(7) == {"extracted_feature": 0, "ground_truth": 0}

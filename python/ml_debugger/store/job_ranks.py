@@ -93,17 +93,25 @@ def _described(job_id: str | None) -> str:
     return "no job" if job_id is None else f"the job {job_id!r}"
 
 
-def missing_ranks(trace_dir: Path, present: Iterable[int]) -> list[int]:
-    """Ranks of the newest job of a trace that are not among ``present``; none where its size is not known."""
+def missing_ranks(trace_dir: Path) -> list[int]:
+    """Ranks of the newest job of a trace that left nothing here; none where its size is not known.
+
+    Where a job has no id, what other jobs left cannot be told from what it left.
+    """
+    entries = {
+        rank: layout.attempt_entries(rank_dir) for rank, rank_dir in layout.rank_directories(trace_dir)
+    }
     newest = max(
-        (
-            entry
-            for _, rank_dir in layout.rank_directories(trace_dir)
-            for entry in layout.attempt_entries(rank_dir)[-1:]
-        ),
+        (entry for found in entries.values() for entry in found[-1:]),
         key=lambda entry: float(entry.get("started_unix_s", 0)),
         default={},
     )
+    job_id = newest.get("job")
+    present = [
+        rank
+        for rank, found in entries.items()
+        if job_id is None or any(entry.get("job") == job_id for entry in found)
+    ]
     return absent_ranks(newest.get("world_size"), present)
 
 
@@ -204,7 +212,8 @@ class _OtherRank:
     def unsettled(self) -> Unsettled:
         if not self.is_dead and self._target is None:
             status = read_status(self._directory) or {}
-            self._pid = status.get("pid")
+            # Its first status may be yet to come; its lock file tells at once whose it is.
+            self._pid = status.get("pid") or (_owner(self._directory) or {}).get("pid")
             self._left = _in_flight(status)
         return Unsettled(self._rank, self._pid, self._left, self.is_dead)
 

@@ -226,7 +226,7 @@ def _merge_rank(rank: _Rank, target: Path, report: MergeReport) -> Iterator[int]
 
 
 def _forget_interrupted(rank_dir: Path) -> None:
-    for left in rank_dir.glob(f"{_TEMPORARY}*"):
+    for left in (*rank_dir.glob(f"{_TEMPORARY}*"), *rank_dir.glob(".*.tmp")):  # the latter of small files
         if left.is_dir():
             shutil.rmtree(left)
         else:

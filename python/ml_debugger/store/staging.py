@@ -17,13 +17,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ml_debugger.errors import CorruptDataError, MlDebuggerError
 from ml_debugger.store import layout
 
 logger = logging.getLogger("ml_debugger")
 
-_TEMPORARY = "trash-move-"  # what begins so is ignored by readers, and deleted by the next tracer
+_TRASH = "trash-"  # what begins so is ignored by readers, and deleted by the next tracer
+_TEMPORARY = f"{_TRASH}move-"
 _LOOK_EVERY_S = 1.0
 _COPY_BYTES = 8 << 20
 
@@ -39,8 +41,11 @@ def staging_directory(staging_dir: Path | None, rank_dir: Path) -> Path | None:
     return Path(os.path.abspath(staging_dir)) / layout.slug(os.path.abspath(rank_dir))
 
 
-def adopt(rank_dir: Path) -> None:
-    """Seal and move what a tracer of this machine has left in staging, and forget its place.
+def adopt(rank_dir: Path, own_place: Path | None = None) -> None:
+    """Seal what tracers of this machine have left in staging, move it home, and forget their places.
+
+    What lies in ``own_place`` is only sealed: its mover brings it home in the background, since that may
+    take long, or fail and succeed later; until then it is read where it is.
 
     REQUIRES: the caller holds the rank's writer lock.
 
@@ -50,15 +55,14 @@ def adopt(rank_dir: Path) -> None:
     entries = layout.staging_entries(rank_dir)
     if not entries:
         return
+    host = socket.gethostname()
+    here = {entry["directory"] for entry in entries if entry.get("host") == host}
     elsewhere = []
     for entry in entries:
         place = Path(entry["directory"])
-        if place.is_dir():
-            with layout.storage_errors(f"move what lies in {place}", "check that data_dir has space"):
-                _seal_all(rank_dir, place)
-                _move_all(rank_dir, place, threading.Lock(), lambda: None)
-                _remove_empty(place)
-        elif entry.get("host") != socket.gethostname():
+        # What lies here without an entry of this machine was left under another name of it.
+        is_here = entry.get("host") == host or (entry["directory"] not in here and bool(_staged(place)))
+        if not is_here:
             elsewhere.append(entry)
             logger.warning(
                 "segments of %s may still lie in %s of machine %s: they move when the rank runs there again",
@@ -66,6 +70,15 @@ def adopt(rank_dir: Path) -> None:
                 place,
                 entry.get("host"),
             )
+        elif not place.is_dir():
+            logger.warning("%s is gone, and with it what was staged there of %s", place, rank_dir)
+        else:
+            with layout.storage_errors(f"move what lies in {place}", "check that data_dir has space"):
+                _clean(place)
+                _seal_all(rank_dir, place)
+                if place != own_place:
+                    _move_all(rank_dir, place, threading.Lock(), lambda: None)
+                    _remove_empty(place)
     layout.write_staging(rank_dir, elsewhere)
 
 
@@ -99,12 +112,7 @@ class Mover:
         with cls._guard:
             mover = cls._movers.get(rank_dir)
             if mover is None or mover._pid != os.getpid():
-                adopt(rank_dir)
-                layout.make_directory(place)
-                others = layout.staging_entries(rank_dir)
-                layout.write_staging(
-                    rank_dir, [*others, {"directory": str(place), "host": socket.gethostname()}]
-                )
+                _take_place(rank_dir, place)
                 mover = cls._movers[rank_dir] = Mover(rank_dir, place)
                 mover._thread.start()
             mover._users += 1
@@ -148,8 +156,8 @@ class Mover:
                 return
             _remove_empty(self._place)
             if not self._place.exists():
-                entries = layout.staging_entries(self._rank_dir)
-                left = [entry for entry in entries if entry["directory"] != str(self._place)]
+                own = _entry(self._place)
+                left = [entry for entry in layout.staging_entries(self._rank_dir) if entry != own]
                 layout.write_staging(self._rank_dir, left)
                 return
         logger.warning(
@@ -165,6 +173,28 @@ def _forget_movers() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_movers)
+
+
+def _entry(place: Path) -> dict[str, Any]:
+    """What `staging.json` says of a place of this machine."""
+    return {"directory": str(place), "host": socket.gethostname()}
+
+
+def _take_place(rank_dir: Path, place: Path) -> None:
+    """Make a place that of a rank, after what is there was taken over."""
+    own = _entry(place)
+    known = [entry["directory"] for entry in layout.staging_entries(rank_dir)]
+    if str(place) not in known and _staged(place):
+        # Its home was deleted, and a new one may number its segments alike.
+        aside = place.with_name(f"{place.name}-{secrets.token_hex(4)}")
+        with layout.storage_errors(f"rename {place}", "check that staging_dir is writable"):
+            os.rename(place, aside)
+        logger.warning(
+            "%s holds segments that %s knows nothing of: now they are in %s", place, rank_dir, aside
+        )
+    adopt(rank_dir, place)
+    layout.make_directory(place)
+    layout.write_staging(rank_dir, [*layout.staging_entries(rank_dir), own])
 
 
 def _staged(place: Path) -> list[Path]:
@@ -202,10 +232,18 @@ def _seal_all(rank_dir: Path, place: Path) -> None:
 def _move_all(
     rank_dir: Path, place: Path, lock: contextlib.AbstractContextManager[object], check: Callable[[], None]
 ) -> None:
+    """Bring home what is sealed; one that cannot be moved keeps no other one back."""
+    failure: OSError | None = None
     for path in _staged(place):
         if (path / layout.SEALED_FILE).exists():
-            with contextlib.suppress(FileNotFoundError):  # dropped while we looked
+            try:
                 _move(path, rank_dir / path.parent.name / path.name, lock, check)
+            except FileNotFoundError:  # dropped while we looked
+                continue
+            except OSError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def _move(
@@ -216,6 +254,10 @@ def _move(
 ) -> None:
     """Bring one segment home, unless it is dropped meanwhile."""
     check()
+    if target.exists():  # whole, and synced: a copy whose original was not deleted any more
+        with lock:
+            _forget_moved(source, target)
+        return
     if os.stat(source.parent).st_dev == os.stat(target.parent.parent).st_dev:
         with lock, contextlib.suppress(FileNotFoundError):  # dropped
             os.rename(source, target)
@@ -240,6 +282,16 @@ def _move(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _forget_moved(source: Path, target: Path) -> None:
+    """Delete the original of a segment that is home already."""
+    sizes = [(path / layout.DATA_FILE).stat().st_size for path in (source, target)]
+    if sizes[0] != sizes[1]:
+        raise FileExistsError(f"{target} is another segment than {source}")
+    gone = source.parent.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    os.rename(source, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _copy(source: Path, target: Path, check: Callable[[], None]) -> None:
     """Copy a file and its times, durably; `check` may end it."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -249,6 +301,12 @@ def _copy(source: Path, target: Path, check: Callable[[], None]) -> None:
         os.fsync(new.fileno())
         status = os.fstat(old.fileno())
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _clean(place: Path) -> None:
+    """Delete what a process that is gone was deleting."""
+    for left in place.glob(f"{_TRASH}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove_empty(place: Path) -> None:

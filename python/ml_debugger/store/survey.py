@@ -70,7 +70,7 @@ class TraceSurvey:
         ranks: Its ranks.
         totals: Counters of all segments.
         unusable: Segments that were open when the machine lost power; they are not counted.
-        missing_ranks: Ranks of the newest job that are not here.
+        missing_ranks: Ranks of the newest job that left nothing here.
     """
 
     directory: Path
@@ -105,7 +105,7 @@ def survey_trace(trace_dir: Path) -> TraceSurvey:
             if totals.rows:
                 survey.epochs.setdefault(partition.epoch, Totals()).add(totals)
     survey.epochs = dict(sorted(survey.epochs.items()))
-    survey.missing_ranks = missing_ranks(trace_dir, [rank.rank for rank in survey.ranks])
+    survey.missing_ranks = missing_ranks(trace_dir)
     return survey
 
 

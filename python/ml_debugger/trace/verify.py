@@ -143,7 +143,7 @@ class _Verifier:
             attempts |= self._rank(rank, rank_dir)
         self.report.attempts = sorted(attempts)
         with contextlib.suppress(MlDebuggerError):  # a damaged attempts.json, which its rank has told of
-            self.report.missing_ranks = missing_ranks(trace_dir, [rank for rank, _ in ranks])
+            self.report.missing_ranks = missing_ranks(trace_dir)
 
     def _found(self, path: Path, problem: object) -> None:
         self.report.problems.append(Problem(str(path), str(problem)))
