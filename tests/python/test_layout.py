@@ -16,6 +16,7 @@ from ml_debugger.errors import (
     NotFoundError,
     StorageError,
 )
+from ml_debugger.job import Job
 from ml_debugger.store import layout
 
 INFO = layout.VersionInfo("net", "v1", "ab" * 32, {"features": None}, [{"name": "x", "type": "int"}], [])
@@ -93,6 +94,28 @@ def test_attempts_count_up_even_when_their_file_is_lost(tmp_path: Path) -> None:
     (tmp_path / "attempts.json").unlink()
     segment(tmp_path / "epoch-3", "a00007-s00000", sealed=True, durability="power", boot_id="x")
     assert layout.register_attempt(tmp_path) == 8
+
+
+def start(trace_dir: Path, world: int, first_pid: int, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What the ranks of a start of ``world`` processes get for two tracers each, rank by rank."""
+    job = Job("127.0.0.1:29500#0", world)
+    numbers: list[list[int]] = [[] for _ in range(world)]
+    for _ in range(2):
+        for rank in range(world):
+            monkeypatch.setattr("os.getpid", lambda pid=first_pid + rank: pid)
+            rank_dir = layout.rank_directory(trace_dir, rank)
+            rank_dir.mkdir(parents=True, exist_ok=True)
+            numbers[rank].append(layout.register_attempt(rank_dir, job))
+    return numbers
+
+
+def test_ranks_of_a_larger_start_with_the_same_port_share_new_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start(tmp_path, 2, 100, monkeypatch) == [[0, 1]] * 2
+    assert start(tmp_path, 3, 200, monkeypatch) == [[2, 3]] * 3
+    assert start(tmp_path, 1, 300, monkeypatch) == [[4, 5]]
+    assert start(tmp_path, 4, 400, monkeypatch) == [[6, 7]] * 4
 
 
 def test_more_attempts_than_a_row_id_can_hold_are_refused(tmp_path: Path) -> None:

@@ -85,14 +85,19 @@ def register_attempt(rank_dir: Path, job: Job | None = None) -> int:
 def _attempt_of_job(rank_dir: Path, job_id: str, own: list[dict[str, Any]], lowest: int) -> int:
     """The number that the other ranks of a job gave to the same attempt, else one above all there are."""
     others = [
-        entry
+        attempt_entries(directory)
         for _, directory in rank_directories(rank_dir.parent)
         if directory != rank_dir
-        for entry in attempt_entries(directory)
     ]
-    before = len([entry for entry in own if entry.get("job") == job_id])
-    shared: list[int] = sorted({int(entry["attempt"]) for entry in others if entry.get("job") == job_id})
-    if before < len(shared) and shared[before] >= lowest:
-        return shared[before]
-    highest = max((int(entry["attempt"]) for entry in others), default=-1)
+    # A fixed master port gives every start of a script the same job id. What belongs to this start was done
+    # by the last process of a rank; where that is a process of an earlier start, its numbers are lower.
+    before = len([entry for entry in own if entry.get("job") == job_id and entry.get("pid") == os.getpid()])
+    shared = -1
+    for entries in others:
+        of_job = [entry for entry in entries if entry.get("job") == job_id]
+        of_process = [int(entry["attempt"]) for entry in of_job if entry.get("pid") == of_job[-1].get("pid")]
+        shared = max([shared, *of_process[before : before + 1]])
+    if shared >= lowest:
+        return shared
+    highest = max((int(entry["attempt"]) for entries in others for entry in entries), default=-1)
     return max(lowest, highest + 1)
