@@ -393,7 +393,7 @@ def test_progress_is_shown_on_a_terminal_only(store: Path, tmp_path: Path) -> No
     finally:
         os.close(leader)
         os.close(follower)
-    assert done.returncode == 0 and b"export: 100 %" in shown
+    assert done.returncode == 0 and b"export: 100 %" in shown, shown
     assert done.stdout.strip() == str(tmp_path / "model_v1.zip").encode()
 
 

@@ -32,6 +32,7 @@ from ml_debugger.store.partition import (
     segment_directories,
     segments,
     slice_files,
+    staging_directories,
     staging_entries,
     write_staging,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "make_directory", "parse_slice_name", "parse_version", "partition_directory", "partitions",
     "rank_directories", "rank_directory", "read_json", "read_version", "read_version_document",
     "register_attempt", "resolve_data_dir", "segment_directories", "segments", "slice_files", "slug",
-    "staging_entries", "storage_errors", "sync_directory", "trace_directories", "trace_directory",
+    "staging_directories", "staging_entries", "storage_errors", "sync_directory", "trace_directories",
+    "trace_directory",
     "version_document", "version_tag", "write_attempts", "write_json", "write_staging", "write_version",
 ]  # fmt: skip
