@@ -31,7 +31,8 @@ NODE_PROGRAM = """
 const {Server} = require('@tus/server'), {FileStore} = require('@tus/file-store')
 const tus = new Server({path: '/files', datastore: new FileStore({directory: process.argv[1]})})
 const http = require('http').createServer((request, response) => {
-  response.on('close', () => console.log(request.method, response.statusCode, 'upload-checksum' in request.headers))
+  const hasChecksum = 'upload-checksum' in request.headers
+  response.on('close', () => console.log(request.method, response.statusCode, hasChecksum))
   tus.handle(request, response)
 })
 http.listen(0, '127.0.0.1', () => console.log(http.address().port))

@@ -296,6 +296,10 @@ class Storage:
         status = os.statvfs(self.uploads_dir)
         return status.f_bavail * status.f_frsize
 
+    def close(self) -> None:
+        """Write down what need not be found again."""
+        self._note_usage()
+
     def sweep(self) -> None:
         """Forget uploads that nothing has happened to for a week."""
         self._note_usage()
@@ -323,8 +327,8 @@ class Storage:
     def _note_usage(self) -> None:
         """Write down, durably, what keys have left here.
 
-        Not for each slice, which would cost two more fsyncs: a collector that was killed finds those that came
-        since in the records of their uploads, which tell how they were counted.
+        Not for each slice, which would cost two more fsyncs: a collector that was killed finds those that
+        came since in the records of their uploads, which tell how they were counted.
         """
         with self._counting:
             if self._noted != self._counted:
