@@ -139,9 +139,7 @@ def send_trace(data_dir: Path, server: Server, storage: Path) -> tuple[Sample, i
         shutil.rmtree(ledger)
     sample, report = timed(
         server,
-        lambda: upload_trace(
-            "benchmark", "upload", data_dir=data_dir, endpoint=server.url, progress=False
-        ),
+        lambda: upload_trace("benchmark", "upload", data_dir=data_dir, endpoint=server.url, progress=False),
     )
     here, there = (settings.read_column(place, "upload", "layer0") for place in (data_dir, storage))
     settings.check_equal(there, here, "upload")
