@@ -17,10 +17,11 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import collector_support  # noqa: E402
 from ml_debugger.collector import KeyRing, add_key, hashed_key, new_key, serve  # noqa: E402
 from ml_debugger.collector.server import make_server  # noqa: E402
 
-pytest_plugins = ["collector_support"]
+storage, url = collector_support.storage, collector_support.url
 
 
 def test_a_key_is_needed_for_everything_but_the_health(url: str) -> None:

@@ -24,9 +24,10 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import collector_support  # noqa: E402
 from collector_support import DATA, TUS, begin  # noqa: E402
 
-pytest_plugins = ["collector_support"]
+storage = collector_support.storage
 
 
 SERVE = """

@@ -19,8 +19,9 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import collector_support  # noqa: E402
 
-pytest_plugins = ["collector_support"]
+storage, url = collector_support.storage, collector_support.url
 
 
 def test_what_arrives_is_the_trace_and_the_export_of_it(

@@ -25,9 +25,10 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import collector_support  # noqa: E402
 from collector_support import DATA, TUS, begin, creation, patch  # noqa: E402
 
-pytest_plugins = ["collector_support"]
+client, storage, url = collector_support.client, collector_support.storage, collector_support.url
 
 
 def test_a_slice_counts_only_when_its_checksum_is_right(client: Any, storage: Path) -> None:
