@@ -3,8 +3,9 @@
 Method: pairs in turn over loopback, into tmpfs and onto a disk. One sends a recorded trace to our collector
 by `upload_trace`: it reads the store, cuts slices, hashes and sends them, and the collector hashes and syncs
 each before it answers. The other PUTs a file of as many bytes, which is there already, in pieces of the size
-of a slice, to the same server stack, hashed on both sides, each piece synced. Every round has new servers; a
-first one warms memory up and does not count. CPU seconds are those of the sending process and of the server.
+of a slice, to the same server stack, hashed on both sides, each piece and its name synced before the answer.
+Both servers run through all rounds; a first round warms memory and modules up and does not count. CPU seconds
+are those of the sending process and of the server.
 What arrived is compared: the trace bit for bit, the pieces by their SHA-256.
 The step: a training loop as in `training_overhead.py` (B = 256, at most 50 MB/s a core), recorded to the disk
 by two tracers, one with ``auto_sync`` into a folder on tmpfs. Blocks of at least 30 steps and long enough
@@ -88,12 +89,16 @@ def time_pairs(setting: Setting, folder: Path) -> tuple[dict[str, list[Sample]],
     puts: list[Sample] = []
     uploads: list[Sample] = []
     size = 0
-    for number in range(rounds + 1):
-        ours, size = send_trace(folder)
-        bare = send_pieces(folder, size)
-        if number:
-            puts.append(bare)
-            uploads.append(ours)
+    collected, pieces = folder / "collected", folder / "pieces"
+    with running("collector", collected) as collector, running("put", pieces) as put:
+        for number in range(rounds + 1):
+            ours, size = send_trace(folder / "data", collector, collected)
+            bare = send_pieces(folder / "source" / "file", put, size)
+            for piece in pieces.iterdir():
+                piece.unlink()
+            if number:
+                puts.append(bare)
+                uploads.append(ours)
     settings.empty_folder(folder)
     summary = {
         "bytes": size,
@@ -128,39 +133,34 @@ def record(data_dir: Path, calls: int, seed: int) -> dict[str, Any]:
     return losses
 
 
-def send_trace(folder: Path) -> tuple[Sample, int]:
-    """Upload to a new collector; the figures, and how many bytes travelled."""
-    storage = folder / "collected"
-    for ledger in (folder / "data").rglob("uploads"):
+def send_trace(data_dir: Path, server: Server, storage: Path) -> tuple[Sample, int]:
+    """Upload to a collector that has nothing of the trace; the figures, and how many bytes travelled."""
+    for ledger in data_dir.rglob("uploads"):
         shutil.rmtree(ledger)
-    with running("collector", storage) as server:
-        sample, report = timed(
-            server,
-            lambda: upload_trace(
-                "benchmark", "upload", data_dir=folder / "data", endpoint=server.url, progress=False
-            ),
-        )
-    here, there = (settings.read_column(place, "upload", "layer0") for place in (folder / "data", storage))
+    sample, report = timed(
+        server,
+        lambda: upload_trace("benchmark", "upload", data_dir=data_dir, endpoint=server.url, progress=False),
+    )
+    here, there = (settings.read_column(place, "upload", "layer0") for place in (data_dir, storage))
     settings.check_equal(there, here, "upload")
     sent = sum(path.stat().st_size for path in storage.rglob("a*.zip"))
     if report.bytes_sent != sent:
         raise settings.WrongDataError(f"{report.bytes_sent} bytes were sent for {sent}")
-    shutil.rmtree(storage)
+    for model in storage.glob("[!.]*"):  # what begins with a dot is the collector's own
+        shutil.rmtree(model)
     return sample, sent
 
 
-def send_pieces(folder: Path, size: int) -> Sample:
+def send_pieces(source: Path, server: Server, size: int) -> Sample:
     """PUT a file of ``size`` bytes, piece by piece."""
     import httpx
 
-    source, target = folder / "source" / "file", folder / "pieces"
     if not source.exists():
         source.parent.mkdir()
         block = torch.randint(256, (READ_BYTES,), dtype=torch.uint8).numpy().tobytes()
         with open(source, "wb") as file:
             for begin in range(0, size, READ_BYTES):
                 file.write(block[: size - begin])
-    target.mkdir()
 
     def send() -> None:
         with open(source, "rb") as file, httpx.Client(trust_env=False, timeout=60) as client:
@@ -180,10 +180,7 @@ def send_pieces(folder: Path, size: int) -> Sample:
                 if answer.text != digest.hexdigest():
                     raise settings.WrongDataError(f"piece {number} arrived as {answer.text!r:.80}")
 
-    with running("put", target) as server:
-        sample, _ = timed(server, send)
-    shutil.rmtree(target)
-    return sample
+    return timed(server, send)[0]
 
 
 def timed(server: Server, run: Any) -> tuple[Sample, Any]:

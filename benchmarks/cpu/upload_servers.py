@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.machine import ROOT
+from ml_debugger.store.layout import sync_directory
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def running(kind: str, folder: Path) -> Iterator[Server]:
 
 
 def serve_put(folder: Path) -> None:
-    """One PUT, one file: written as it comes, hashed, synced, and answered with its SHA-256."""
+    """One PUT, one file: written as it comes, hashed, synced with its name, and answered with its SHA-256."""
     import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
@@ -65,8 +66,10 @@ def serve_put(folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".part"), path)
+        sync_directory(folder)
         return PlainTextResponse(digest.hexdigest())
 
+    folder.mkdir()
     listener = socket.create_server(("127.0.0.1", 0))
     app = Starlette(routes=[Route("/{name}", put, methods=["PUT"])])
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)

@@ -260,6 +260,17 @@ def test_a_new_key_is_printed_once_and_counts_while_the_collector_runs(
     assert_nowhere(key, tmp_path)
 
 
+def test_a_new_key_comes_as_json_with_what_the_file_holds_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    arguments = ("serve", "new-key", "--keys-file", path, "--json")
+    made = json.loads(fine(*arguments, "--quota", "5GB", "--note", "anna"))
+    assert made["key"].startswith("mld-") and made["key"] not in path.read_text()
+    assert path.read_text() == f"# anna\n{made['hash']} 5GB\n"
+    assert (made["quota_bytes"], made["note"], made["keys_file"]) == (5 * 10**9, "anna", str(path))
+    plain = json.loads(fine(*arguments))
+    assert (plain["quota_bytes"], plain["note"]) == (None, None) and plain["key"] != made["key"]
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["--keys-file", ""], ["--keys-file", "{tmp}/keys", "--quota", "5 parsecs"]]
 )

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from ml_debugger import open_trace
-from ml_debugger.errors import CorruptDataError, NotFoundError, UploadError
+from ml_debugger.errors import CorruptDataError, InvalidTypeError, NotFoundError, UploadError
 from ml_debugger.store import layout
 from ml_debugger.uploading import UploadReport, upload_trace
+from ml_debugger.uploading.client import UploadClient
 from upload_support import assert_same_trace, write_trace
 
 
@@ -344,3 +345,37 @@ def test_rows_without_labels_are_dropped_from_a_directory_that_an_upload_has_fil
             assert tracer.drop_epoch_data(0) == {"extracted_feature": 4}
             tracer(torch.ones(1, 4), [1], ["e"], "train", 1)
             assert tracer.drop_epoch_data(7) == {"extracted_feature": 0, "ground_truth": 0}
+
+
+@pytest.mark.parametrize("text", [" ", "\t\n"])
+def test_an_endpoint_of_blanks_is_none(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_trace(tmp_path / "data")
+    with pytest.raises(UploadError, match="no endpoint"):
+        upload(tmp_path / "data", text)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https:/host/", "http:host", "tus+https:/host/files/", "S3:bucket/x", "file:/x", "https:/u:pw9@h/"],
+)
+def test_a_url_with_a_slip_of_the_pen_is_no_folder(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_trace(tmp_path / "data")
+    with pytest.raises(UploadError, match="'://' is missing") as caught:
+        upload(tmp_path / "data", text)
+    assert "pw9" not in str(caught.value) and "./" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert upload(tmp_path / "data", f"./{text}").segments_sent == 3
+
+
+def test_a_folder_may_be_named_by_a_path_object(data_dir: Path, there: Path) -> None:
+    write_trace(data_dir)
+    assert upload_trace("net", "v1", data_dir=data_dir, endpoint=there).segments_sent == 3
+    assert_same_trace(data_dir, there)
+    assert UploadClient(there, None).require_endpoint() == str(there)
+    with pytest.raises(InvalidTypeError, match="bytes"):
+        UploadClient(b"/there", None)

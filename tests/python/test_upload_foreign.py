@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import random
 import shutil
 import socket
 import subprocess
@@ -18,21 +21,80 @@ from ml_debugger import load_export
 from ml_debugger.errors import UploadError
 from ml_debugger.store import layout
 from ml_debugger.uploading import upload_trace
-from upload_support import KEY, assert_same_trace, collector, write_trace
+from ml_debugger.uploading.transports.tus import TusTransport
+from upload_support import KEY, QUICK, CuttingProxy, assert_same_trace, collector, item, write_trace
 
 DEADLINE_S = 30.0
 
 
-@pytest.fixture
-def tus_server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """tuspyserver on a FastAPI application; its address and its folder."""
+NODE_PROGRAM = """
+const {Server} = require('@tus/server'), {FileStore} = require('@tus/file-store')
+const tus = new Server({path: '/files', datastore: new FileStore({directory: process.argv[1]})})
+const http = require('http').createServer((request, response) => {
+  const hasChecksum = 'upload-checksum' in request.headers
+  response.on('close', () => console.log(request.method, response.statusCode, hasChecksum))
+  tus.handle(request, response)
+})
+http.listen(0, '127.0.0.1', () => console.log(http.address().port))
+"""
+
+
+@pytest.fixture(params=["tuspyserver", "@tus/server"])
+def tus_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A tus server from PyPI, and one from npm; its address and its folder."""
+    folder = tmp_path / "tus"
+    folder.mkdir()
+    if request.param == "tuspyserver":
+        with tuspyserver_in(folder) as port:
+            yield f"tus+http://127.0.0.1:{port}/files/", folder
+    else:
+        with NodeServer(folder) as server:
+            yield f"tus+http://127.0.0.1:{server.port}/files/", folder
+
+
+class NodeServer:
+    """@tus/server, the protocol's reference implementation, which knows no checksums."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        node = shutil.which("node")
+        if (
+            node is None
+            or subprocess.run([node, "-e", "require('@tus/server')"], capture_output=True).returncode
+        ):
+            pytest.skip(
+                "@tus/server is not installed: npm install -g @tus/server@1 @tus/file-store@1, "
+                "and NODE_PATH=$(npm root -g)"
+            )
+        command = [node, "-e", NODE_PROGRAM, str(folder)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+
+    def __enter__(self) -> NodeServer:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def requests(self) -> list[tuple[str, int, bool]]:
+        """End it; (method, status, whether it had a checksum) of each request that it answered."""
+        self._process.terminate()
+        lines = (line.split() for line in self._process.communicate()[0].splitlines())
+        return [(method, int(status), checksum == "true") for method, status, checksum in lines]
+
+
+@contextlib.contextmanager
+def tuspyserver_in(folder: Path) -> Iterator[int]:
+    """tuspyserver on a FastAPI application; gives its port."""
     tuspyserver = pytest.importorskip(
         "tuspyserver", reason="tuspyserver is not installed: pip install tuspyserver"
     )
     fastapi = pytest.importorskip("fastapi")
     uvicorn = pytest.importorskip("uvicorn")
-    folder = tmp_path / "tus"
-    folder.mkdir()
     app = fastapi.FastAPI()
     app.include_router(tuspyserver.create_tus_router(prefix="files", files_dir=str(folder)))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -41,7 +103,7 @@ def tus_server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"tus+http://127.0.0.1:{listener.getsockname()[1]}/files/", folder
+    yield listener.getsockname()[1]
     server.should_exit = True
     thread.join(10)
     listener.close()
@@ -71,6 +133,48 @@ def test_a_foreign_tus_server_gets_every_slice_once(
     for name in ("version.json", "rank-00000/attempts.json"):
         shutil.copy(trace / name, tmp_path / "there" / trace.relative_to(data_dir) / name)
     assert_same_trace(data_dir, tmp_path / "there")
+
+
+def send_and_be_cut(transport: TusTransport, upload: Any, proxy: CuttingProxy) -> str:
+    """Send until every connection was cut; where the upload is."""
+    places: list[str] = []
+    with pytest.raises(UploadError, match="gave up"):
+        transport.send(dataclasses.replace(upload, on_url=places.append))
+    proxy.cuts.clear()
+    return places[-1]
+
+
+@pytest.mark.parametrize("what", ["goes on", "is ended", "is gone"])
+def test_an_upload_to_a_foreign_server_that_was_cut(what: str, tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(3 << 20)
+    sent: list[int] = []
+    with (
+        NodeServer(tmp_path) as server,
+        CuttingProxy(("127.0.0.1", server.port), [2_500_000, *[2_000] * 20]) as proxy,
+    ):
+        transport = TusTransport(f"http://127.0.0.1:{proxy.port}/files/", None, QUICK)
+        upload = dataclasses.replace(item(data), on_bytes=sent.append)
+        url = send_and_be_cut(transport, upload, proxy)
+        place = tmp_path / url.rpartition("/")[2]
+        sent.clear()
+        if what == "is ended":
+            transport.discard(url)
+            assert not place.exists()
+        else:
+            arrived = place.stat().st_size
+            if what == "is gone":
+                arrived = 0
+                place.unlink()
+            else:
+                assert 0 < arrived < len(data), "a part of it, and it stays"
+            later: list[str] = [url]
+            transport.send(dataclasses.replace(upload, url=url, on_url=later.append))
+            assert sum(sent) == len(data) - arrived, "on from where the server is"
+            assert (tmp_path / later[-1].rpartition("/")[2]).read_bytes() == data
+            assert (later[-1] == url) == (what == "goes on")
+        transport.close()
+        requests = server.requests()
+    assert not any(has_checksum for _, _, has_checksum in requests), "it has not said that it knows any"
 
 
 @pytest.fixture

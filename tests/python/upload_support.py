@@ -22,11 +22,14 @@ import pytest
 from format_writer import Column, FormatWriter
 from ml_debugger import open_trace
 from ml_debugger.store import layout
+from ml_debugger.uploading.endpoint import parse_endpoint
 from ml_debugger.uploading.retry import RetryPolicy
 from ml_debugger.uploading.transports import Item
+from ml_debugger.uploading.transports.tus import TusTransport
 
 QUICK = RetryPolicy(stall_timeout_s=20.0, base_s=0.001, cap_s=0.002)
 KEY = "canary-7f3a91-key"
+SMALL = b"0123456789" * 10
 
 
 def write_trace(
@@ -294,3 +297,32 @@ class TusServer:
             },
             b"",
         )
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+def upload_quickly(data_dir: Path, endpoint: str, key: str | None = KEY, **arguments: Any) -> Any:
+    """`upload_trace` with short pauses."""
+    from ml_debugger.store import layout
+    from ml_debugger.uploading.transports import open_transport
+    from ml_debugger.uploading.upload import TraceUpload
+
+    target = parse_endpoint(endpoint, has_key=key is not None)
+    trace_dir = layout.trace_directory(data_dir, "net", "v1")
+    uploads = TraceUpload(trace_dir, target, open_transport(target, key, QUICK), QUICK, lambda length: None)
+    try:
+        return uploads.run(arguments.get("n_epoch"), force=arguments.get("force", False))
+    finally:
+        uploads.close()
+
+
+def send(server: TusServer, data: bytes = SMALL, key: str | None = KEY, policy: RetryPolicy = QUICK) -> Any:
+    transport = TusTransport(server.url, key, policy)
+    upload = item(data)
+    try:
+        transport.send(upload)
+    finally:
+        transport.close()
+    return upload

@@ -7,7 +7,8 @@ import os
 import click
 
 from ml_debugger import collector
-from ml_debugger.cli.output import shown
+from ml_debugger.cli.options import json_option
+from ml_debugger.cli.output import print_json, shown
 from ml_debugger.collector import DEFAULT_PORT, KeyRing
 from ml_debugger.collector.server import DEFAULT_STORAGE
 from ml_debugger.collector.storage import parse_storage
@@ -64,7 +65,8 @@ def serve(
 @click.option("--keys-file", metavar="FILE", required=True, help="Takes the key's hash; made if missing.")
 @click.option("--quota", metavar="SIZE", help="Most that the key may leave here, as 500MB. [default: all]")
 @click.option("--note", metavar="TEXT", help="Whose key it is, as a comment in the file.")
-def new_key(keys_file: str, quota: str | None, note: str | None) -> None:
+@json_option
+def new_key(keys_file: str, quota: str | None, note: str | None, as_json: bool) -> None:
     """Make a key for a collector, and print it: this once, since the file takes only its hash.
 
     A collector that runs with this --keys-file takes the key at once.
@@ -75,7 +77,19 @@ def new_key(keys_file: str, quota: str | None, note: str | None) -> None:
         key = collector.add_key(keys_file, quota=quota, note=note)
     except InvalidInputError as error:
         raise click.UsageError(shown(str(error))) from error
-    click.echo(key)
+    if not as_json:
+        click.echo(key)
+        return
+    entry = KeyRing([key if quota is None else f"{key} {quota}"]).find(key)
+    print_json(
+        {
+            "key": key,
+            "hash": collector.hashed_key(key),
+            "quota_bytes": None if entry is None else entry.quota_bytes,
+            "note": note,
+            "keys_file": os.path.abspath(keys_file),
+        }
+    )
 
 
 def _keys(host: str, keys_file: str | None) -> KeyRing:

@@ -102,6 +102,8 @@ class Collector:
         sweeper = asyncio.create_task(self._sweep())
         yield
         sweeper.cancel()
+        with contextlib.suppress(OSError):
+            await run_in_threadpool(self._storage.close)
 
     async def _sweep(self) -> None:
         while True:

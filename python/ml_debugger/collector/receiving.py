@@ -18,7 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from ml_debugger.collector.storage import ChecksumError, Part
 
 CHECKSUMS = ("sha256", "sha1")
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20  # worth a trip to a thread, which costs as much as hashing some 100 KiB
+_MOST_FREE = 8
+
+_free: list[tuple[bytearray, bytearray]] = []
 
 
 class Checksum:
@@ -46,7 +49,7 @@ class Checksum:
         except (binascii.Error, ValueError):
             raise HTTPException(400, "Upload-Checksum is not base64") from None
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: memoryview) -> None:
         """Take in what follows."""
         self._digest.update(data)
 
@@ -69,14 +72,15 @@ async def receive(request: Request, part: Part, room_bytes: int, checksum: Check
     length = 0
     is_sound = checksum is None
     writing: asyncio.Future[None] | None = None
+    pair = _free.pop() if _free else (bytearray(_BLOCK_BYTES), bytearray(_BLOCK_BYTES))
 
-    def append(block: bytes) -> None:
+    def append(block: memoryview) -> None:
         part.append(block)
         if checksum is not None:
             checksum.update(block)
 
     try:
-        async for block in _blocks(request):
+        async for block in _blocks(request, pair):
             if length + len(block) > room_bytes:
                 raise HTTPException(413, f"more than the {room_bytes} bytes that were announced")
             if writing is not None:
@@ -92,6 +96,8 @@ async def receive(request: Request, part: Part, room_bytes: int, checksum: Check
                 await to_its_end(writing)
         if not is_sound:
             part.undo()
+        if len(_free) < _MOST_FREE:  # no thread works with them any more
+            _free.append(pair)
     if not is_sound:
         raise ChecksumError("this part arrived with another checksum")
     return length
@@ -115,20 +121,29 @@ async def in_thread(work: Callable[..., object], *arguments: Any) -> None:
     await to_its_end(run_in_threadpool(work, *arguments))
 
 
-async def _blocks(request: Request) -> AsyncIterator[bytes]:
-    """The body in blocks that are worth a write; at a cut, what has come before it is handed out first."""
-    pending: list[bytes] = []
+async def _blocks(request: Request, pair: tuple[bytearray, bytearray]) -> AsyncIterator[memoryview]:
+    """The body in blocks that are worth a write; a block holds until the one after the next is asked for.
+
+    At a cut, what has come before it is handed out first. The pair takes turns: memory of its own for each
+    block would be new memory each time, for which the system makes zeroes.
+    """
+    filled, other = memoryview(pair[0]), memoryview(pair[1])
     size = 0
     try:
-        async for part in request.stream():
-            pending.append(part)
-            size += len(part)
-            if size >= _BLOCK_BYTES:
-                yield b"".join(pending)
-                pending, size = [], 0
+        async for data in request.stream():
+            taken = 0
+            while taken < len(data):
+                step = min(len(data) - taken, _BLOCK_BYTES - size)
+                filled[size : size + step] = memoryview(data)[taken : taken + step]
+                size += step
+                taken += step
+                if size == _BLOCK_BYTES:
+                    yield filled
+                    filled, other = other, filled
+                    size = 0
     except (ClientDisconnect, asyncio.CancelledError):
-        if pending:
-            yield b"".join(pending)
+        if size:
+            yield filled[:size]
         raise
-    if pending:
-        yield b"".join(pending)
+    if size:
+        yield filled[:size]

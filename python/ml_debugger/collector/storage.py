@@ -31,6 +31,7 @@ _TRACE_PATH = re.compile(rf"{_TRACE}\Z")
 _DOCUMENT_PATH = re.compile(rf"{_TRACE}/(?:version\.json|{_RANK}/attempts\.json)\Z")
 _SLICE_PATH = re.compile(rf"{_TRACE}/{_RANK}/epoch-(?:\d{{1,19}}|none)/([^/]+)\Z")
 _STALE_S = 7 * 24 * 3600.0
+_USAGE_INTERVAL_S = 10.0
 _HASH_STEP_BYTES = 1 << 20
 _UPLOAD_ID = re.compile(r"[0-9a-f]{32}\Z")
 
@@ -66,6 +67,7 @@ class Upload:
         sha256: What it must be.
         key_name: Whose it is.
         is_done: Whether it has arrived, whole and verified.
+        counted_as: Which of the files that the quotas of keys count it is, from 1; 0: none.
     """
 
     number: str
@@ -74,6 +76,7 @@ class Upload:
     sha256: str
     key_name: str
     is_done: bool = False
+    counted_as: int = 0
 
 
 def parse_storage(place: str | os.PathLike[str]) -> Endpoint:
@@ -115,7 +118,7 @@ class Part:
     def __exit__(self, *details: object) -> None:
         os.close(self._descriptor)
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         """Write all of ``data`` behind what is there.
 
         Raises:
@@ -147,7 +150,7 @@ class Running:
         self._digest = hashlib.sha256()
         self.length_bytes = 0
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Take in the bytes that follow."""
         self._digest.update(data)
         self.length_bytes += len(data)
@@ -184,7 +187,9 @@ class Storage:
         self.uploads_dir = uploads_dir or base / ".uploads"
         layout.make_directory(self.uploads_dir)
         self._usage_path = self.uploads_dir / "usage.json"
-        self._usage = self._read_usage()
+        self._counting = threading.Lock()
+        self._usage, self._counted = self._read_usage()
+        self._noted, self._noted_at = self._counted, time.monotonic()
         self._uploads: dict[str, Upload] = {}
         self._running: dict[str, Running] = {}
         self._beginning = threading.Lock()
@@ -196,6 +201,8 @@ class Storage:
                     # Killed between giving a slice its place and writing that down, or nothing has arrived.
                     upload = replace(upload, is_done=self.transport.has(upload.path))
                 self._uploads[upload.number] = upload
+                if upload.counted_as > self._noted:
+                    self._count(upload)
         for left in self.uploads_dir.glob("export-*"):  # a download that a dead process was preparing
             shutil.rmtree(left, ignore_errors=True)
         self.sweep()
@@ -259,12 +266,16 @@ class Storage:
         upload = replace(upload, is_done=True)
         self._uploads[upload.number] = upload
         if is_new:
-            self._usage[upload.key_name] = self._usage.get(upload.key_name, 0) + upload.length_bytes
-            layout.write_json(self._usage_path, {"format_version": 1, "bytes": self._usage})
+            upload = replace(upload, counted_as=self._counted + 1)
+            self._count(upload)
         self._keep(upload)
+        if time.monotonic() - self._noted_at > _USAGE_INTERVAL_S:
+            self._note_usage()
 
     def forget(self, upload: Upload) -> None:
         """Drop what has arrived of an upload."""
+        if upload.counted_as > self._noted:
+            self._note_usage()
         self._uploads.pop(upload.number, None)
         self._running.pop(upload.number, None)
         for path in (self._part(upload), self._record(upload)):
@@ -285,8 +296,13 @@ class Storage:
         status = os.statvfs(self.uploads_dir)
         return status.f_bavail * status.f_frsize
 
+    def close(self) -> None:
+        """Write down what need not be found again."""
+        self._note_usage()
+
     def sweep(self) -> None:
         """Forget uploads that nothing has happened to for a week."""
+        self._note_usage()
         limit = time.time() - _STALE_S
         for upload in list(self._uploads.values()):
             path = self._record(upload) if upload.is_done else self._part(upload)
@@ -303,6 +319,23 @@ class Storage:
                 if path.stem not in self._uploads and path.stat().st_mtime < limit:
                     path.unlink()
 
+    def _count(self, upload: Upload) -> None:
+        with self._counting:
+            self._usage[upload.key_name] = self._usage.get(upload.key_name, 0) + upload.length_bytes
+            self._counted = max(self._counted, upload.counted_as)
+
+    def _note_usage(self) -> None:
+        """Write down, durably, what keys have left here.
+
+        Not for each slice, which would cost two more fsyncs: a collector that was killed finds those that
+        came since in the records of their uploads, which tell how they were counted.
+        """
+        with self._counting:
+            if self._noted != self._counted:
+                document = {"format_version": 1, "bytes": self._usage, "counted": self._counted}
+                layout.write_json(self._usage_path, document)
+            self._noted, self._noted_at = self._counted, time.monotonic()
+
     def _keep(self, upload: Upload) -> None:
         # Not durable: after a power cut its client begins anew, and what has its place is found there.
         layout.write_json(self._record(upload), asdict(upload), durable=False)
@@ -314,12 +347,13 @@ class Storage:
     def _record(self, upload: Upload) -> Path:
         return self.uploads_dir / f"{upload.number}.upload"
 
-    def _read_usage(self) -> dict[str, int]:
+    def _read_usage(self) -> tuple[dict[str, int], int]:
         try:
             document: dict[str, Any] = layout.read_json(self._usage_path) or {}
-            return {str(name): int(length) for name, length in document.get("bytes", {}).items()}
-        except (CorruptDataError, ValueError, AttributeError, json.JSONDecodeError):
-            return {}
+            usage = {str(name): int(length) for name, length in document.get("bytes", {}).items()}
+            return usage, int(document.get("counted", 0))
+        except (CorruptDataError, ValueError, TypeError, AttributeError, json.JSONDecodeError):
+            return {}, 0
 
 
 def _item(upload: Upload, file: IO[bytes]) -> Item:

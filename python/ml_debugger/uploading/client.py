@@ -40,12 +40,13 @@ class UploadClient:
     """The uploads of one tracer.
 
     Args:
-        api_endpoint: Where to; None: ``MLD_API_ENDPOINT``.
+        api_endpoint: Where to, as text, or the path of a folder; None: ``MLD_API_ENDPOINT``.
         api_key: The key to show; None: ``MLD_API_KEY``.
     """
 
     def __init__(self, api_endpoint: object, api_key: object) -> None:
-        self._endpoint = _text_or_environment(api_endpoint, "api_endpoint")
+        place = os.fspath(api_endpoint) if isinstance(api_endpoint, os.PathLike) else api_endpoint
+        self._endpoint = _text_or_environment(place, "api_endpoint")
         self._key = Secret(_text_or_environment(api_key, "api_key"))
         self._auto: UploaderProcess | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ __all__ = ["Endpoint", "parse_endpoint", "shown_endpoint"]
 Kind = Literal["folder", "collector", "tus", "objects"]
 
 _OBJECT_SCHEMES = ("s3", "gs", "az")
+_BROKEN_URL = re.compile(r"(?:(?:tus\+)?https?|file|s3|gs|az):", re.IGNORECASE)
 _KNOWN = "a folder, file://, http://, https://, tus+https://, tus+http://, s3://, gs:// or az://"
 
 
@@ -50,13 +52,18 @@ def parse_endpoint(text: str | None, *, has_key: bool) -> Endpoint:
         UploadError: There is none, nothing handles it, it holds credentials, or the key would travel in
             clear.
     """
-    if not text:
+    if not text or text.isspace():
         raise UploadError(
             "there is no endpoint to upload to", "set MLD_API_ENDPOINT, or name it: api_endpoint, --endpoint"
         )
     if "\0" in text:
         raise UploadError("the endpoint holds a NUL character", f"name {_KNOWN}")
     if "://" not in text:
+        if found := _BROKEN_URL.match(text):  # a folder of that name would swallow what is for a server
+            raise UploadError(
+                f"the endpoint begins with {found[0]!r}, and '://' is missing",
+                "write https://host/, s3://bucket/path or file:///path; a folder of that name as ./...",
+            )
         return Endpoint("folder", os.path.abspath(os.path.expanduser(text)))
     try:
         url = urlsplit(text)

@@ -23,7 +23,7 @@ def upload_trace(
     version_name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    endpoint: str | None = None,
+    endpoint: str | os.PathLike[str] | None = None,
     api_key: str | None = None,
     n_epoch: int | None = None,
     force: bool = False,
@@ -57,7 +57,7 @@ def upload_trace(
     version = layout.check_name(version_name, "version_name")
     trace_dir = layout.trace_directory(layout.resolve_data_dir(data_dir), model, version)
     layout.read_version(trace_dir)
-    address = endpoint or os.environ.get("MLD_API_ENDPOINT")
+    address = os.fspath(endpoint or "") or os.environ.get("MLD_API_ENDPOINT")
     key = (os.environ.get("MLD_API_KEY") if api_key is None else api_key) or None
     target = parse_endpoint(address, has_key=key is not None)
     policy = RetryPolicy(stall_timeout_s=stall_timeout_s)

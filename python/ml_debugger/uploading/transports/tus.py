@@ -18,7 +18,7 @@ from ml_debugger.uploading.transports.http import Answer, HttpClient
 
 TUS_VERSION = "1.0.0"
 _PART_BYTES = 8 << 20
-_PIECE_BYTES = 256 << 10
+_PIECE_BYTES = 256 << 10  # progress is told after each: on a slow link, larger ones look like a standstill
 _GONE = (404, 410)
 # By preference; tus servers name what they know.
 _CHECKSUMS = ("sha256", "sha1", "md5")
