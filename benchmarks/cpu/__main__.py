@@ -19,6 +19,7 @@ from benchmarks.cpu import (
     training_overhead,
     upload,
 )
+from benchmarks.harness.allocator import keep_freed_memory
 from benchmarks.harness.runner import add_options, forget_environment, run_questions
 
 BENCHMARKS = {
@@ -52,6 +53,8 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     options = parse_options()
     forget_environment()
+    if not keep_freed_memory():
+        print("no mallopt: steps may differ by what the allocator gives back to the kernel", file=sys.stderr)
     failed = run_questions(
         BENCHMARKS,
         options,

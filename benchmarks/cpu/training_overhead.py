@@ -7,8 +7,9 @@ capture at most 50 MB/s a core of features, logits and labels. At least 30 steps
 drained before and within their time, in random order within a round; median of the ratios of the rounds with
 a bootstrap interval; beside it CPU seconds of the training thread, which noise changes less, and of all
 threads. B = 256 and 1024. torch has one thread, so that the writer finds a core as it does beside a GPU or a
-data loader. After the blocks three more steps are recorded whose features, logits, labels and maps are kept,
-read back and compared bit for bit; with a row lost there is no figure.
+data loader; freed memory stays with the process (`allocator`), else steps of equal copies differ. After the
+blocks three more steps are recorded whose features, logits, labels and maps are kept, read back and compared
+bit for bit; with a row lost there is no figure.
 
 Excluded: loading data, the first call (which finds the head), reading back.
 """

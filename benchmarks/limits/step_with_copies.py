@@ -1,12 +1,11 @@
-"""What a training step pays if hooks only copy what they see into memory that is there already, and if a
-thread also writes the copies to a file. Needs torch alone: python step_with_copies.py FILE BATCH_SIZE DEPTH
-"""
+"""What a training step pays if hooks only copy into memory that is there already, and if a thread also writes
+the copies to a file. Needs torch alone: python step_with_copies.py FILE BATCH_SIZE DEPTH"""
 
 import copy
+import ctypes
 import itertools
 import os
 import queue
-import random
 import sys
 import threading
 import time
@@ -14,9 +13,9 @@ import time
 import torch
 from torch import nn
 
+ctypes.CDLL(None).mallopt(-4, ctypes.CDLL(None).mallopt(-1, 2**31 - 1) - 1)  # keep freed memory: steady steps
 FILE, BATCH, DEPTH = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR), int(sys.argv[2]), int(sys.argv[3])
-RING = torch.ones(256 << 20, dtype=torch.uint8)
-torch.set_num_threads(1)
+RING, _ = torch.ones(256 << 20, dtype=torch.uint8), torch.set_num_threads(1)
 images, labels = torch.randn(BATCH, 3, 16, 16), torch.randint(100, (BATCH,))
 pooled = nn.Conv2d(3, 256, 4, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
 linear = [layer for size in (256, *[512] * DEPTH) for layer in (nn.Linear(size, 512), nn.ReLU())]
@@ -53,7 +52,8 @@ for module in (0, -2, -1):  # the map of 16 KiB a sample, features, logits
     arms["copied and written"][module].register_forward_hook(lambda *given: copy_output(*given, hand_on=True))
 threading.Thread(target=write_pieces, daemon=True).start()
 steps = max(30, int(2 / min(seconds_of(model, 5) for model in arms.values())))
-rounds = [{name: seconds_of(arms[name], steps) for name in random.sample(list(arms), 3)} for _ in range(12)]
+orders = [sorted(arms, key=lambda _: os.urandom(4)) for _ in range(12)]
+rounds = [{name: seconds_of(arms[name], steps) for name in order} for order in orders]
 for name in arms:
     ratios = sorted(took[name] / took["untraced"] for took in rounds)
-    print(f"{name:20} {ratios[6]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) of untraced")
+    print(f"{name:20} {ratios[6]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")

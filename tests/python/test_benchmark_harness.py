@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,3 +153,23 @@ def test_a_missing_gpu_is_told_in_one_sentence() -> None:
         assert problem is not None
         assert "\n" not in problem
         assert torch.__version__ in problem
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_stays_with_a_process_that_asks_for_it() -> None:
+    program = """if True:
+        import sys
+        from benchmarks.harness.allocator import keep_freed_memory
+        def resident_bytes():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096
+        assert sys.argv[1] == "default" or keep_freed_memory()
+        before = resident_bytes()
+        block = bytearray(b"x") * (64 << 20)
+        del block
+        print(resident_bytes() - before)
+    """
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", program, how], capture_output=True, check=True).stdout)
+        for how in ("kept", "default")
+    )
+    assert returned < 32 << 20 < kept
