@@ -11,6 +11,8 @@ LATER = (
     "ml_debugger.trace.trace",
     "ml_debugger.trace.export_reader",
     "ml_debugger.exporting",
+    "ml_debugger.uploading.endpoint",
+    "ml_debugger.uploading.process",
     "ml_debugger.uploading.upload",
     "ml_debugger.report",
     "ml_debugger.analysis",

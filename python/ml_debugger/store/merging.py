@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -242,7 +241,7 @@ def _merge_item(source: Path, target: Path, report: MergeReport) -> None:
             )
         report.segments_present += 1
         return
-    temporary = target.parent.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    temporary = target.parent.parent / f"{_TEMPORARY}{os.urandom(8).hex()}"
     try:
         copied = (
             _link_or_copy(source, temporary) if source.is_file() else _take_segment(source, temporary, report)

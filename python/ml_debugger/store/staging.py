@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import socket
 import threading
@@ -186,7 +185,7 @@ def _take_place(rank_dir: Path, place: Path) -> None:
     known = [entry["directory"] for entry in layout.staging_entries(rank_dir)]
     if str(place) not in known and _staged(place):
         # Its home was deleted, and a new one may number its segments alike.
-        aside = place.with_name(f"{place.name}-{secrets.token_hex(4)}")
+        aside = place.with_name(f"{place.name}-{os.urandom(4).hex()}")
         with layout.storage_errors(f"rename {place}", "check that staging_dir is writable"):
             os.rename(place, aside)
         logger.warning(
@@ -263,7 +262,7 @@ def _move(
             os.rename(source, target)
             layout.sync_directory(target.parent)
         return
-    temporary = target.parent.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    temporary = target.parent.parent / f"{_TEMPORARY}{os.urandom(8).hex()}"
     try:
         temporary.mkdir(mode=0o700)
         for name in (layout.DATA_FILE, layout.SEGMENT_FILE, layout.SEALED_FILE):
@@ -287,7 +286,7 @@ def _forget_moved(source: Path, target: Path) -> None:
     sizes = [(path / layout.DATA_FILE).stat().st_size for path in (source, target)]
     if sizes[0] != sizes[1]:
         raise FileExistsError(f"{target} is another segment than {source}")
-    gone = source.parent.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    gone = source.parent.parent / f"{_TEMPORARY}{os.urandom(8).hex()}"
     os.rename(source, gone)
     shutil.rmtree(gone, ignore_errors=True)
 

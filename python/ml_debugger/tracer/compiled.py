@@ -16,6 +16,7 @@ The call of a tracer in a function that is compiled itself is a graph break ther
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -53,7 +54,9 @@ def _capture(tensors: list[torch.Tensor], hook: int) -> None:
         target(None, (), tensors[0] if len(tensors) == 1 else tensors)
 
 
+@functools.cache
 def _define_operator() -> Any:
+    """Returns what keeps it defined."""
     library: Any = torch.library.Library("ml_debugger", "FRAGMENT")  # type: ignore[no-untyped-call]
     # CUDA graphs replay kernels, not what we do on the host.
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
@@ -70,9 +73,6 @@ def _make_effectful(operator: Any) -> None:
         effects._register_effectful_op(operator, effects._EffectType.ORDERED)
     else:  # torch 2.4; without it the operator is dropped, and the tracer reports a layer that did not run
         effects.SIDE_EFFECTS[operator] = effects._EffectType.ORDERED
-
-
-_library = _define_operator()
 
 
 # The hook, as the compiler and torch.jit.script see it.
@@ -111,6 +111,7 @@ def connect(
     hook: _core.CaptureHook, alias: str, picks: tuple[PathKey, ...], target: _core.CaptureHook
 ) -> None:
     """Make compiled code that meets ``hook`` hand what is picked from the output to ``target``."""
+    _define_operator()
     hook.alias, hook.picks, hook.number = alias, picks, next(_numbers)
     if target is not hook:
         hook.target = target  # lives as long

@@ -209,6 +209,11 @@ def has_batch_size(tensor: torch.Tensor, batch_size: int, dimension: int = 0) ->
     return -len(shape) <= dimension < len(shape) and shape[dimension] == batch_size
 
 
+def is_plain_batch(value: Any, batch_size: int) -> bool:
+    """Whether ``value`` is a dense tensor, no subclass, with ``batch_size`` samples along dimension 0."""
+    return _core.is_dense(value) and value.ndim > 0 and value.shape[0] == batch_size
+
+
 def find_logits(model_output: Any, batch_size: int, dimension: int = 0) -> torch.Tensor | None:
     """The logits in an output: the output itself, its ``logits``, or its first tensor with the batch size."""
     named = None

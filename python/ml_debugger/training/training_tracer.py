@@ -20,7 +20,6 @@ from ml_debugger.errors import (
 from ml_debugger.tracer.inputs import check_flag, check_seconds, require_epoch, select_epoch
 from ml_debugger.tracer.session import TraceSession
 from ml_debugger.tracer.torch_tracer import TorchTracer
-from ml_debugger.training.gathering import Gathering
 from ml_debugger.uploading import UploadReport
 from ml_debugger.uploading.client import UploadClient
 
@@ -190,6 +189,7 @@ class TrainingTracer(TorchTracer):
         if session.rank != 0:
             return None
         from ml_debugger.exporting import export_trace
+        from ml_debugger.training.gathering import Gathering
 
         gathering = Gathering(session.directory, session.rank, session.job)
         gathering.settle(self._config.stall_timeout_s)

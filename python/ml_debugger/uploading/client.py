@@ -1,4 +1,7 @@
-"""What a tracer keeps for its uploads: the endpoint, the key, and the process that does them."""
+"""What a tracer keeps for its uploads: the endpoint, the key, and the process that does them.
+
+Light to import: a tracer without an endpoint never needs the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
-from ml_debugger.uploading.endpoint import parse_endpoint
-from ml_debugger.uploading.process import UploaderProcess
-from ml_debugger.uploading.progress import UploadProgress
 from ml_debugger.uploading.report import UploadReport
 
 if TYPE_CHECKING:
     from ml_debugger.tracer.session import TraceSession
+    from ml_debugger.uploading.process import UploaderProcess
 
 
 class Secret:
@@ -61,6 +62,8 @@ class UploadClient:
         Raises:
             UploadError: There is none, or none that is handled.
         """
+        from ml_debugger.uploading.endpoint import parse_endpoint
+
         parse_endpoint(self._endpoint, has_key=self._key.reveal() is not None)
         assert self._endpoint is not None
         return self._endpoint
@@ -94,6 +97,8 @@ class UploadClient:
         Raises:
             UploadError: It failed.
         """
+        from ml_debugger.uploading.progress import UploadProgress
+
         if self._auto is not None and not session.closed and not self._auto.is_inherited:
             self._auto.report()
         process = self._start(session, is_auto=False)
@@ -104,6 +109,8 @@ class UploadClient:
             process.kill()
 
     def _start(self, session: TraceSession, *, is_auto: bool) -> UploaderProcess:
+        from ml_debugger.uploading.process import UploaderProcess
+
         config = session.config
         return UploaderProcess(
             session.directory,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ml_debugger.errors import InvalidInputError
-from ml_debugger.tracer.outputs import find_logits, iterate_tensors, plain_tensor
+from ml_debugger.tracer.outputs import find_logits, is_plain_batch, iterate_tensors, plain_tensor
 from ml_debugger.tracer.torch_tracer import TorchTracer
 
 __all__ = ["ClassificationTorchTracer"]
@@ -21,6 +21,9 @@ class ClassificationTorchTracer(TorchTracer):
     """Records ``logits`` too: the model's output itself, or its ``logits``. Arguments as `TorchTracer`."""
 
     def _parse_output(self, model_output: Any, batch_size: int) -> torch.Tensor:
+        if self._logits_dim == 0 and is_plain_batch(model_output, batch_size):
+            output: torch.Tensor = model_output
+            return output  # nothing to look for: by far the most outputs
         logits = find_logits(model_output, batch_size, self._logits_dim)
         if logits is None:
             tensors = [tensor for tensor in iterate_tensors(model_output) if not tensor.is_nested]
