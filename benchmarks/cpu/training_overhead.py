@@ -2,14 +2,15 @@
 
 Method: one process, an untraced arm, a second untraced one (what the machine's noise makes of no difference),
 and traced ones (features, logits and labels with the data on tmpfs and on a disk; a map of 16 KiB a sample
-besides, on the disk), each with its own copy of a convolutional network that is as deep as makes a step
-capture at most 50 MB/s a core of features, logits and labels. At least 30 steps and 2 s a block, blocks
+besides, on the disk), all of them on one convolutional network, since equal copies differ by where they lie
+in memory; the hooks of a tracer that is not called cost about 1 us a layer. The network is as deep as makes a
+step capture at most 50 MB/s a core of features, logits and labels. At least 30 steps and 2 s a block, blocks
 drained before and within their time, in random order within a round; median of the ratios of the rounds with
 a bootstrap interval; beside it CPU seconds of the training thread, which noise changes less, and of all
 threads. B = 256 and 1024. torch has one thread, so that the writer finds a core as it does beside a GPU or a
-data loader; freed memory stays with the process (`allocator`), else steps of equal copies differ. After the
-blocks three more steps are recorded whose features, logits, labels and maps are kept, read back and compared
-bit for bit; with a row lost there is no figure.
+data loader; freed memory stays with the process (`allocator`). After the blocks three more steps are recorded
+whose features, logits, labels and maps are kept, read back and compared bit for bit; with a row lost there is
+no figure.
 
 Excluded: loading data, the first call (which finds the head), reading back.
 """
@@ -100,10 +101,10 @@ def time_batch_size(setting: Setting, batch_size: int) -> tuple[list[Block], dic
         "features, disk": (setting.disk_dir, FEATURE_LAYERS),
         "features and map, disk": (setting.disk_dir, MAP_LAYERS),
     }
-    trainers = {arm: copy.deepcopy(untraced) for arm in places}
+    trainers = {arm: copy.copy(untraced) for arm in places}
     tracers: dict[str, ClassificationTracer] = {}
     try:
-        arms = {"untraced": untraced_arm(untraced), AGAIN: untraced_arm(copy.deepcopy(untraced))}
+        arms = {"untraced": untraced_arm(untraced), AGAIN: untraced_arm(copy.copy(untraced))}
         for arm, (folder, layers) in places.items():
             config = TracerConfig(data_dir=folder)
             tracers[arm] = ClassificationTracer(trainers[arm].model, "benchmark", arm, layers, config=config)
