@@ -43,7 +43,7 @@ test-core: build ## the tests of the C++ core
 test-python: build ## the tests of the Python package (ARGS="-k name" picks some)
 	@$(PYTEST) tests/python tests/faults tests/fuzz $(ARGS)
 
-test-faults: build ## the fault tests at length (ROUNDS=2000; about an hour), and their table in docs/reliability.md
+test-faults: build ## the fault tests at length (ROUNDS=2000; about two hours), and their table in docs/reliability.md
 	@FAULT_ROUNDS=$(ROUNDS) FAULT_TABLE=docs/reliability.md $(PYTEST) --timeout=0 -o faulthandler_timeout=0 tests/faults $(ARGS)
 	@tests/model/check.sh
 

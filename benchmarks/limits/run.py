@@ -36,8 +36,8 @@ def main() -> None:
     run(BUILD, chain, "PLACE/file", "32")
     for mebibytes in ("1", "64"):
         run(BUILD, python, HERE / "remove_files.py", "PLACE", mebibytes)
-    for batch_size, depth in (("256", "1"), ("1024", "0")):
-        run(BUILD, python, HERE / "step_with_copies.py", "PLACE/file", batch_size, depth)
+    for batch_size, without_map in (("256", "1"), ("256", "0"), ("1024", "0")):
+        run(BUILD, python, HERE / "step_with_copies.py", "PLACE/file", batch_size, "1", without_map)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What a training step pays if hooks only copy into memory that is there already, and if a thread also writes
-the copies to a file. Needs torch alone: python step_with_copies.py FILE BATCH_SIZE DEPTH"""
+the copies to a file. Needs torch alone: python step_with_copies.py FILE BATCH_SIZE DEPTH 0_OR_1"""
 
 import copy
 import ctypes
@@ -47,7 +47,7 @@ def seconds_of(model, steps):
 
 
 arms = {name: copy.deepcopy(base) for name in ("untraced", "copied", "copied and written")}
-for module in (0, -2, -1):  # the map of 16 KiB a sample, features, logits
+for module in (0, -2, -1)[int(sys.argv[4]) :]:  # 0: the map of 16 KiB a sample besides features and logits
     arms["copied"][module].register_forward_hook(copy_output)
     arms["copied and written"][module].register_forward_hook(lambda *given: copy_output(*given, hand_on=True))
 threading.Thread(target=write_pieces, daemon=True).start()
