@@ -266,8 +266,7 @@ class Storage:
         upload = replace(upload, is_done=True)
         self._uploads[upload.number] = upload
         if is_new:
-            upload = replace(upload, counted_as=self._counted + 1)
-            self._count(upload)
+            upload = self._uploads[upload.number] = self._count(upload)
         self._keep(upload)
         if time.monotonic() - self._noted_at > _USAGE_INTERVAL_S:
             self._note_usage()
@@ -319,10 +318,13 @@ class Storage:
                 if path.stem not in self._uploads and path.stat().st_mtime < limit:
                     path.unlink()
 
-    def _count(self, upload: Upload) -> None:
+    def _count(self, upload: Upload) -> Upload:
+        """Count a file for its key, as the next one unless it has its number already."""
         with self._counting:
+            number = upload.counted_as or self._counted + 1
             self._usage[upload.key_name] = self._usage.get(upload.key_name, 0) + upload.length_bytes
-            self._counted = max(self._counted, upload.counted_as)
+            self._counted = max(self._counted, number)
+        return replace(upload, counted_as=number)
 
     def _note_usage(self) -> None:
         """Write down, durably, what keys have left here.

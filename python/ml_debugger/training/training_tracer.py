@@ -41,7 +41,7 @@ class TrainingTracer(TorchTracer):
         additional_label_fields: See `TorchTracer`.
         auto_sync: Upload committed data in the background; needs an endpoint.
         force_table_recreate: Start from empty tables, as `drop_version_data` does.
-        api_endpoint: Where `upload` goes. Default ``MLD_API_ENDPOINT``.
+        api_endpoint: Where `upload` goes: a URL, or a folder. Default ``MLD_API_ENDPOINT``.
         api_key: Key that it shows. Default ``MLD_API_KEY``. Never printed, logged or stored.
         config: See `TorchTracer`.
 
@@ -59,7 +59,7 @@ class TrainingTracer(TorchTracer):
         additional_label_fields: list[dict[str, Any]] | None = None,
         auto_sync: bool = False,
         force_table_recreate: bool = False,
-        api_endpoint: str | None = None,
+        api_endpoint: str | os.PathLike[str] | None = None,
         api_key: str | None = None,
         *,
         config: TracerConfig | None = None,

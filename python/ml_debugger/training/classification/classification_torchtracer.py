@@ -33,7 +33,7 @@ class ClassificationTrainingTorchTracer(TrainingTracer, ClassificationTorchTrace
         auto_sync: Upload in the background; needs an endpoint. Default False.
         force_table_recreate: Start from empty tables; takes a new architecture and new fields too.
             Default False.
-        api_endpoint: Where `upload` goes. Default ``MLD_API_ENDPOINT``.
+        api_endpoint: Where `upload` goes: a URL, or a folder. Default ``MLD_API_ENDPOINT``.
         api_key: The key it shows. Default ``MLD_API_KEY``. Never printed, logged or stored.
         config: How to record. Default ``TracerConfig()``.
 
