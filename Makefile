@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ROUNDS ?= 2000
+JOBS ?= 2
 FUZZ_SECONDS ?= 60
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
@@ -43,8 +44,9 @@ test-core: build ## the tests of the C++ core
 test-python: build ## the tests of the Python package (ARGS="-k name" picks some)
 	@$(PYTEST) tests/python tests/faults tests/fuzz $(ARGS)
 
-test-faults: build ## the fault tests at length (ROUNDS=2000; about two hours), and their table in docs/reliability.md
-	@FAULT_ROUNDS=$(ROUNDS) FAULT_TABLE=docs/reliability.md $(PYTEST) --timeout=0 -o faulthandler_timeout=0 tests/faults $(ARGS)
+test-faults: build ## the fault tests at length (ROUNDS=2000, JOBS=2 at a time), and their table in docs/reliability.md
+	@FAULT_ROUNDS=$(ROUNDS) FAULT_TABLE=docs/reliability.md $(PYTEST) --timeout=0 -o faulthandler_timeout=0 \
+		-p xdist.plugin -n $(JOBS) --dist load --maxschedchunk 1 tests/faults $(ARGS)
 	@tests/model/check.sh
 
 fuzz: build ## mutants for every decoder of bytes from elsewhere, C++ under sanitizers (FUZZ_SECONDS=60 each)

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from fork_server import ForkServer  # noqa: E402
 from reliability_table import as_lines, write_table  # noqa: E402
 from trials import Score, Scoreboard, Trial, no_process_left  # noqa: E402
 
-SCOREBOARD = Scoreboard()
+SCORE = "score"
+# Where each test stands, and what it has seen: tests run in several processes (make test-faults), and end in
+# any order.
+SEEN: list[tuple[tuple[str, int], Score]] = []
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +50,28 @@ def seed() -> int:
 
 
 @pytest.fixture
-def score() -> Callable[[str], Score]:
+def score(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Score]]:
     """The line of a fault in the table at the end."""
-    return SCOREBOARD.of
+    board = Scoreboard()
+    yield board.of
+    for line in board.scores.values():
+        request.node.user_properties.append((SCORE, asdict(line)))  # travels with the report of the test
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep what a test that is over has seen."""
+    if report.when == "teardown":
+        file, line, _ = report.location
+        lines = [Score(**value) for name, value in report.user_properties if name == SCORE]  # type: ignore[arg-type]
+        SEEN.extend(((file, line or 0), score) for score in lines)
+
+
+def scores_seen() -> list[Score]:
+    """The lines of the table, in the order of their tests."""
+    board = Scoreboard()
+    for _, line in sorted(SEEN, key=lambda seen: seen[0]):
+        board.of(line.fault).add(line)
+    return list(board.scores.values())
 
 
 @pytest.fixture
@@ -67,7 +90,7 @@ def make_trial(tmp_path: Path, server: ForkServer, seed: int) -> Iterator[Callab
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Show the table, and keep it where FAULT_TABLE says."""
-    scores = list(SCOREBOARD.scores.values())
+    scores = scores_seen()
     if not scores:
         return
     terminalreporter.section("faults")

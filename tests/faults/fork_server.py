@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import select
@@ -82,6 +83,8 @@ def serve() -> None:
         import lmdb.verify  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a fork that collects would copy every page of what was imported here
     print(json.dumps({"ready": os.getpid()}), flush=True)
     while line := sys.stdin.readline():
         request = json.loads(line)

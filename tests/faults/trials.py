@@ -29,10 +29,15 @@ class Score:
     hung: int = 0
     corrupt: int = 0
 
+    def add(self, other: Score) -> None:
+        """Count what another test has seen of the same fault."""
+        for name in ("rounds", "fired", "lost", "hung", "corrupt"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 @dataclass
 class Scoreboard:
-    """The lines of this session, in the order of their tests."""
+    """Lines by fault, in the order in which they came."""
 
     scores: dict[str, Score] = field(default_factory=dict)
 
