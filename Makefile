@@ -75,7 +75,7 @@ bench-ranks: build ## what 1,024 simulated ranks cost a reader, and 1 to 8 ranks
 	@"$(PY)" -m benchmarks.ranks.simulation
 	@"$(PY)" -m benchmarks.ranks.scaling
 
-limits: build ## what copying, writing, LMDB and unlink cost without us, on tmpfs and on the disk of the checkout (minutes)
+limits: build ## what copying, writing, LMDB, sending and unlink cost without us, on tmpfs and on the disk of the checkout (minutes)
 	@"$(PY)" benchmarks/limits/run.py
 
 report: build ## the README's table and its plot, from OUT=benchmarks/results

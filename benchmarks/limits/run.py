@@ -33,6 +33,7 @@ def main() -> None:
     for folder in (memory, BUILD):
         run(folder, chain, "PLACE/file")
         run(folder, python, HERE / "new_environments.py", "PLACE")
+        run(folder, python, HERE / "send_slices.py", "PLACE")
     run(BUILD, chain, "PLACE/file", "32")
     for mebibytes in ("1", "64"):
         run(BUILD, python, HERE / "remove_files.py", "PLACE", mebibytes)

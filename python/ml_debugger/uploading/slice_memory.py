@@ -15,7 +15,7 @@ import numpy as np
 
 from ml_debugger.trace.dtypes import Array
 
-_GROWTH_BYTES = 1 << 20
+_GROWTH_BYTES = 2 << 20  # a huge page
 
 
 class SliceMemory:
@@ -46,7 +46,11 @@ class SliceMemory:
                 return found
             _close(found)
         rounded = -(-max(size_bytes, 1) // _GROWTH_BYTES) * _GROWTH_BYTES
-        return mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
 
     def give(self, memory: mmap.mmap) -> None:
         """Take memory back."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TypeVar
 
@@ -18,7 +19,11 @@ from ml_debugger.uploading.transports.http import Answer, HttpClient
 
 TUS_VERSION = "1.0.0"
 _PART_BYTES = 8 << 20
-_PIECE_BYTES = 256 << 10  # progress is told after each: on a slow link, larger ones look like a standstill
+# Progress is told after each piece: on a slow link a large one looks like a standstill, on a fast one small
+# ones cost more than their bytes.
+_PIECE_BYTES = 256 << 10
+_MOST_PIECE_BYTES = 1 << 20
+_PIECE_S = 0.05
 _GONE = (404, 410)
 # By preference; tus servers name what they know.
 _CHECKSUMS = ("sha256", "sha1", "md5")
@@ -197,12 +202,17 @@ class _LostError(TransientError):
 
 
 def _pieces(item: Item, offset: int, end: int) -> Iterator[bytes]:
+    """What lies between, in pieces that grow while the link takes them in no time."""
+    size = _PIECE_BYTES
     while offset < end:
         item.file.seek(offset)
-        piece = item.file.read(min(_PIECE_BYTES, end - offset))
+        piece = item.file.read(min(size, end - offset))
         if not piece:
             raise UploadError(f"{item.path} became shorter while it was sent", "upload again")
+        begin = time.monotonic()
         yield piece
+        is_fast = time.monotonic() - begin < _PIECE_S
+        size = min(2 * size, _MOST_PIECE_BYTES) if is_fast else _PIECE_BYTES
         offset += len(piece)
         item.on_bytes(len(piece))
 
