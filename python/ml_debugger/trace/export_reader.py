@@ -16,14 +16,13 @@ from ml_debugger.errors import MlDebuggerError, NotFoundError
 from ml_debugger.store import layout
 from ml_debugger.trace.arguments import RowFilter
 from ml_debugger.trace.columns import ColumnValues
-from ml_debugger.trace.dtypes import Array
 from ml_debugger.trace.export_table import ExportTable, NpyTable
 from ml_debugger.trace.header import FEATURES, GROUND_TRUTH, TABLES
 from ml_debugger.trace.newest import Mask, NewestRows
 from ml_debugger.trace.npy_member import ExportArchive
 from ml_debugger.trace.parquet_table import ParquetTable, is_parquet
 from ml_debugger.trace.schema import BASE_COLUMNS, ColumnSchema, TextExtent
-from ml_debugger.trace.source import RowBlock, pick_schemas
+from ml_debugger.trace.source import RowBlock, Targets, pick_schemas
 from ml_debugger.trace.trace import Trace
 
 _BLOCK_BYTES = 8 << 20
@@ -180,25 +179,24 @@ class ExportSelection:
         schemas: Sequence[ColumnSchema],
         *,
         raw: bool,
-        out: dict[str, Array] | None = None,
+        out: Targets | None = None,
         max_rows: int | None = None,
     ) -> Iterator[RowBlock]:
         """Read all rows, block by block; see `Selection.blocks`."""
         table = self._source.table(self._table)
         step = min(_rows_a_step(schemas, _BLOCK_BYTES), max_rows or _MAX_BLOCK_ROWS)
-        row = 0
         for start in range(0, len(self._keep), step):
             keep = self._keep[start : start + step]
             rows = int(np.count_nonzero(keep))
             if not rows:
                 continue
+            targets = {} if out is None else out(rows)
             values: dict[str, ColumnValues] = {}
             for schema in schemas:
                 values[schema.name] = table.values(schema, start, keep, raw)
-                if out is not None and schema.name in out:
-                    out[schema.name][row : row + rows] = values[schema.name]
+                if schema.name in targets:
+                    targets[schema.name][...] = values[schema.name]
             yield RowBlock(rows, values, _still_there)
-            row += rows
 
     def row_index(self, schemas: Sequence[ColumnSchema]) -> ExportRows:
         """The same rows by number; see `Selection.row_index`."""

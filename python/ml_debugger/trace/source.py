@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from ml_debugger.errors import InvalidInputError
 from ml_debugger.trace.arguments import RowFilter
 from ml_debugger.trace.columns import ColumnValues
 from ml_debugger.trace.dtypes import Array
 from ml_debugger.trace.schema import ColumnSchema
+
+# Arrays by dense column, where the next rows, as many as the argument says, are to be read to; a column that
+# it does not name gets an array of its own.
+Targets: TypeAlias = Callable[[int], dict[str, Array]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Selection(Protocol):
         schemas: Sequence[ColumnSchema],
         *,
         raw: bool,
-        out: dict[str, Array] | None = None,
+        out: Targets | None = None,
         max_rows: int | None = None,
     ) -> Iterator[RowBlock]:
         """Read all rows, block by block.
@@ -72,7 +76,7 @@ class Selection(Protocol):
         Args:
             schemas: The columns to read.
             raw: Stored elements instead of widened ones, where a column has one dtype.
-            out: Arrays by column that take the rows of dense columns, each for all rows of the selection.
+            out: Gives arrays for a block before it is read; None: they are made.
             max_rows: End a block when it has so many rows (or a whole call more); None: by size alone.
         """
 

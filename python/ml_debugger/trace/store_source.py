@@ -15,13 +15,13 @@ from ml_debugger.trace.arguments import RowFilter
 from ml_debugger.trace.braid import BraidedRun
 from ml_debugger.trace.catalog import Snapshot, list_epochs
 from ml_debugger.trace.columns import KeptCall, column_bytes, read_columns
-from ml_debugger.trace.dtypes import FIELD_DTYPES, Array
+from ml_debugger.trace.dtypes import FIELD_DTYPES
 from ml_debugger.trace.header import FEATURES, GROUND_TRUTH, Call
 from ml_debugger.trace.newest import Mask, NewestRows
 from ml_debugger.trace.runs import CallRun
 from ml_debugger.trace.schema import ColumnSchema, SchemaCollector, TextExtent, base_schema
 from ml_debugger.trace.segment_ref import retry_vanished
-from ml_debugger.trace.source import RowBlock, pick_schemas
+from ml_debugger.trace.source import RowBlock, Targets, pick_schemas
 from ml_debugger.trace.store_rows import StoreRows
 
 BLOCK_BYTES = 8 << 20
@@ -193,21 +193,19 @@ class StoreSelection:
         schemas: Sequence[ColumnSchema],
         *,
         raw: bool,
-        out: dict[str, Array] | None = None,
+        out: Targets | None = None,
         max_rows: int | None = None,
     ) -> Iterator[RowBlock]:
         """Read all rows, block by block; see `Selection.blocks`."""
         snapshot = self._choice.snapshot
-        row = 0
         for block in call_blocks(self._choice.kept_calls(self._table), schemas, max_rows):
             rows = sum(kept.rows for kept in block)
-            targets = {name: values[row : row + rows] for name, values in (out or {}).items()}
+            targets = None if out is None else out(rows)
             yield RowBlock(
                 rows,
                 read_columns(snapshot, block, list(schemas), raw=raw, out=targets),
                 _existence(snapshot, block),
             )
-            row += rows
 
     def row_index(self, schemas: Sequence[ColumnSchema]) -> StoreRows:
         """The same rows by number; see `Selection.row_index`."""
