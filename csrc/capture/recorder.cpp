@@ -320,13 +320,14 @@ void Recorder::flush(std::optional<std::chrono::nanoseconds> timeout, WaitHooks&
   for (;;) {
     const std::uint64_t seen = runtime->progress();
     const std::uint64_t settled = attempt_->settled();
-    if (settled >= target || attempt_->is_failed()) break;
+    if (settled >= target) break;  // after a failure too: what is lost is counted when we return
     const auto now = Clock::now();
     if (settled != settled_before) last_progress = now, settled_before = settled;
     const bool late =
         timeout ? now - begin >= *timeout
                 : now - last_progress >= attempt_->options().stall_timeout + kVerdictGrace;
     if (late) {
+      attempt_->raise_failure();
       const Counters counters = attempt_->ledger().snapshot();
       throw Error(ErrorKind::kTraceStall,
                   "flush: " + std::to_string(counters.rows_in_flight) +

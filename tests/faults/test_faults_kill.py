@@ -41,6 +41,7 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged(
             tally.fired += 1
             trial.judge()
         assert trial.verify() > 0
+        trial.remove()
 
 
 def a_life(folder: Path) -> list[Any]:
@@ -107,4 +108,5 @@ def test_kill_9_at_every_write_call_of_a_life(
             trial.judge()
             no_half_export(exports)
         trial.verify()
+        trial.remove()
     assert tally.fired > (0.7 * tally.rounds if is_long() else 0)

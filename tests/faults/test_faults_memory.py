@@ -76,6 +76,7 @@ def test_an_allocation_that_fails_is_an_error_or_nothing(
             assert "Traceback" not in log, f"{what}: {log}"
             trial.judge()
         trial.verify()
+        trial.remove()
     assert tally.fired > (0.7 * tally.rounds if is_long() else 0)
 
 

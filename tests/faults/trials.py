@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -147,6 +148,10 @@ class Trial:
             raise AssertionError(f"{self._title()}: the next run ended with {status}\n{process.output()}")
         assert self.judge(**job) > rows
         return rows
+
+    def remove(self) -> None:
+        """Take away what was found sound: long runs have thousands of stores, tens of GB."""
+        shutil.rmtree(self.folder)
 
     def _title(self) -> str:
         return f"seed {self.seed}, after round {len(self.promises) - 1} in {self.data_dir}"
