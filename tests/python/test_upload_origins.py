@@ -154,7 +154,7 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up(first: bytes, then: bytes
         )
         ended = threading.Timer(5, is_over.set)  # the answer ends then at the latest
         ended.start()
-        with pytest.raises(TransientError, match="did not end its answer within 0.3 s"):
+        with pytest.raises(TransientError, match="did not end its answer"):
             client.request("GET", "")
         ended.cancel()
         is_over.set()
