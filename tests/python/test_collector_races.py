@@ -56,22 +56,27 @@ def test_an_upload_that_is_deleted_while_it_comes_in_is_not_said_to_have_arrived
     assert not list(storage.rglob("*.zip"))
 
 
-def test_two_requests_that_waited_for_another_slice_do_not_write_at_once(
+def test_requests_that_waited_for_another_slice_do_not_write_at_once(
     client: Any, url: str, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both found nobody at work on their upload, before they waited: the bytes of both were appended."""
-    from ml_debugger.collector.storage import Storage
+    """They found nobody at work on their upload, before they waited: the bytes of all were appended."""
+    from ml_debugger.collector.storage import Part, Storage
 
     upload, other = item(DATA), item(DATA, number=9)
     place, elsewhere = begin(client, upload), begin(client, other)
-    is_verified, finish = threading.Event(), Storage.finish
+    is_verified, finish, append = threading.Event(), Storage.finish, Part.append
 
     def slowly(self: Storage, found: Any) -> None:
         if found.path == other.path:
             is_verified.wait(10)
         finish(self, found)
 
+    def late(self: Part, data: Any) -> None:
+        time.sleep(0.1)
+        append(self, data)
+
     monkeypatch.setattr(Storage, "finish", slowly)
+    monkeypatch.setattr(Part, "append", late)
     headers = {"Authorization": f"Bearer {KEY}", **TUS}
     answers: list[int] = []
 
@@ -82,13 +87,13 @@ def test_two_requests_that_waited_for_another_slice_do_not_write_at_once(
     first = threading.Thread(target=lambda: patch(client, elsewhere, 0, DATA))
     first.start()
     time.sleep(0.1)
-    both = [threading.Thread(target=come) for _ in range(2)]
-    for thread in both:
+    many = [threading.Thread(target=come) for _ in range(3)]
+    for thread in many:
         thread.start()
     time.sleep(0.2)
     is_verified.set()
-    for thread in (first, *both):
+    for thread in (first, *many):
         thread.join(10)
-    assert set(answers) <= {204, 409}  # who comes second takes over, and finds out where it stands
+    assert set(answers) <= {204, 409}  # who comes last takes over, and finds out where it stands
     assert client.head(place).headers["upload-offset"] == str(len(DATA))
     assert (storage / upload.path).read_bytes() == DATA
