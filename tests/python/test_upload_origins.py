@@ -1,8 +1,11 @@
-"""Where a key may go: redirects, other origins, proxies, plain http, certificates."""
+"""Where a key may go: redirects, other origins, proxies, plain http, certificates; servers that never end."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import pytest
 
 from ml_debugger.errors import UploadError
 from ml_debugger.uploading.endpoint import parse_endpoint
-from ml_debugger.uploading.retry import RetryPolicy
+from ml_debugger.uploading.retry import RetryPolicy, TransientError
+from ml_debugger.uploading.transports.collector import CollectorTransport
+from ml_debugger.uploading.transports.http import MAX_ANSWER_BYTES, HttpClient
 from ml_debugger.uploading.transports.tus import TusTransport
 from upload_support import (
     KEY,
@@ -109,8 +114,6 @@ def test_nobody_there_is_an_upload_error_in_bounded_time() -> None:
 
 
 def test_a_server_that_is_silent_is_given_up() -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         policy = RetryPolicy(stall_timeout_s=0.3, base_s=0.001)
         transport = TusTransport(f"http://127.0.0.1:{silent.getsockname()[1]}/", KEY, policy)
@@ -119,6 +122,52 @@ def test_a_server_that_is_silent_is_given_up() -> None:
             transport.send(item(SMALL))
         transport.close()
         assert time.monotonic() - begin < 4
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["headers", "body", "body without a length", "interim answers"],
+)
+def test_an_answer_that_comes_byte_by_byte_is_given_up(first: bytes, then: bytes) -> None:
+    """Each byte came in time for the timeout of its read, and the answer never ended."""
+    is_over = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(OSError), listener.accept()[0] as connection:
+                connection.recv(1 << 16)
+                connection.sendall(first)
+                while not is_over.wait(0.02):
+                    connection.sendall(then)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,), daemon=True)
+        thread.start()
+        client = HttpClient(
+            f"http://127.0.0.1:{listener.getsockname()[1]}/", KEY, RetryPolicy(stall_timeout_s=0.3)
+        )
+        ended = threading.Timer(5, is_over.set)  # the answer ends then at the latest
+        ended.start()
+        with pytest.raises(TransientError, match="did not end its answer"):
+            client.request("GET", "")
+        ended.cancel()
+        is_over.set()
+        client.close()
+        thread.join(5)
+
+
+def test_a_document_without_an_end_is_not_believed() -> None:
+    with TusServer(lambda method, path, headers: (200, {}, b"x" * (MAX_ANSWER_BYTES + 1))) as server:
+        transport = CollectorTransport(server.url, KEY, QUICK)
+        with pytest.raises(UploadError, match="has no end"):
+            transport.read("net/v1/version.json")
+        transport.close()
 
 
 class TlsServer(TusServer):

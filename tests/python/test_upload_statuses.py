@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import random
 import time
 from typing import Any
@@ -10,10 +12,12 @@ import pytest
 
 from ml_debugger.errors import AuthenticationError, UploadError
 from ml_debugger.uploading.retry import MAX_TRIES, Retries, RetryPolicy, TransientError, retry_after_s
+from ml_debugger.uploading.transports.tus import TusTransport
 from upload_support import (
     KEY,
     SMALL,
     TusServer,
+    item,
     send,
 )
 
@@ -112,6 +116,28 @@ def test_no_progress_within_the_deadline_ends_the_tries() -> None:
     retries.failed(TransientError("busy", retry_after_s=40.0))
     with pytest.raises(UploadError, match="stall_timeout_s=50"):
         retries.failed(TransientError("busy", retry_after_s=40.0))
+
+
+def test_a_part_that_travels_longer_than_the_deadline_is_tried_again_when_it_fails() -> None:
+    """On a slow link its first failure was the last one: 'no progress', though bytes had moved all along."""
+
+    class SlowFile(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            time.sleep(0.12)
+            return super().read(size)
+
+    data = SMALL * 20_000
+    failures = iter([503])
+
+    def script(method: str, path: str, headers: dict[str, str]) -> Any:
+        return (next(failures), {}, b"") if method == "PATCH" and failures.__length_hint__() else None
+
+    with TusServer(script, extensions="creation,termination") as server:
+        transport = TusTransport(server.url, None, RetryPolicy(0.3, base_s=0.001, cap_s=0.002))
+        slow = dataclasses.replace(item(data), file=SlowFile(data))
+        transport.send(slow)
+        transport.close()
+        assert server.count("PATCH") == 2 and [bytes(found) for found in server.data.values()] == [data]
 
 
 @pytest.mark.parametrize("told", ["0", "7", "101", "999999", "-1", "x", "", "١٠"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -168,6 +169,20 @@ def test_wait_for_save_confirms_with_the_endpoint_and_reports_losses_after_that(
         tracer.wait_for_save()
     assert_same_trace(data_dir, there)
     assert tracer.wait_for_save() is None
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_without_a_standard_error_it_waits_and_uploads(
+    is_closed: bool, make: Any, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service may have none: 'NoneType' object has no attribute 'isatty'."""
+    tracer = make(there)
+    record(tracer, 0)
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream if is_closed else None)
+    tracer.wait_for_save()
+    assert rows_of(there) == 3 * ROWS
 
 
 def test_a_refused_key_is_said_and_appears_nowhere(

@@ -282,26 +282,35 @@ class Collector:
     async def _settled(self, request: Request, key: KeyEntry) -> Upload:
         """The upload that a request is about, with nobody else working on it."""
         number = request.path_params["number"]
-        while (task := self._tasks.get(number)) is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await asyncio.wait({task})
-        upload = self._storage.find(number, key.name)
-        if upload is not None:
-            # All its bytes may be here, and who brought the last ones was cut off before they were verified.
-            with contextlib.suppress(ChecksumError):
-                await self._complete(upload)
+        while True:
+            while (task := self._tasks.get(number)) is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await asyncio.wait({task})
             upload = self._storage.find(number, key.name)
-        if upload is None:
-            raise HTTPException(404, "no such upload")
-        return upload
+            if upload is not None:
+                # All its bytes may be here, and who brought the last ones was cut off before they were
+                # verified.
+                with contextlib.suppress(ChecksumError):
+                    await self._complete(upload)
+                upload = self._storage.find(number, key.name)
+            if upload is None:
+                raise _no_upload()
+            if number not in self._tasks:  # another request may have come in while this one waited
+                return upload
 
     async def _complete(self, upload: Upload) -> None:
         """Verify an upload and give it its place, if it has all its bytes: before that, none of it counts."""
         async with self._finishing:
             found = self._storage.find(upload.number, upload.key_name)
-            if found is not None and not found.is_done and self._storage.offset(found) == found.length_bytes:
+            if found is None:
+                raise _no_upload()
+            if not found.is_done and self._storage.offset(found) == found.length_bytes:
                 await in_thread(self._storage.finish, found)
+
+
+def _no_upload() -> HTTPException:
+    return HTTPException(404, "no such upload")
 
 
 def _check_version(request: Request) -> None:

@@ -192,6 +192,7 @@ class Storage:
         self._noted, self._noted_at = self._counted, time.monotonic()
         self._uploads: dict[str, Upload] = {}
         self._running: dict[str, Running] = {}
+        self._finishing: set[str] = set()  # what of these is not in its part is on its way to its place
         self._beginning = threading.Lock()
         for path in self.uploads_dir.glob("*.upload"):
             with contextlib.suppress(CorruptDataError, TypeError):
@@ -223,7 +224,7 @@ class Storage:
         ):  # a creation whose connection broke may still be at work when the next one comes
             for found in list(self._uploads.values()):
                 identity = (found.path, found.length_bytes, found.sha256, found.key_name)
-                if identity == wanted and not found.is_done and found.number not in busy:
+                if identity == wanted and not found.is_done and found.number not in busy and self._has(found):
                     return found
             upload = Upload(secrets.token_hex(16), path, length_bytes, sha256, key_name)
             self._part(upload).touch(0o600)
@@ -233,7 +234,7 @@ class Storage:
     def find(self, number: str, key_name: str) -> Upload | None:
         """An upload of a key by its name."""
         upload = self._uploads.get(number) if _UPLOAD_ID.match(number) else None
-        return upload if upload is not None and upload.key_name == key_name else None
+        return upload if upload is not None and upload.key_name == key_name and self._has(upload) else None
 
     def offset(self, upload: Upload) -> int:
         """How much has arrived: the file tells, so it is true after any crash."""
@@ -250,6 +251,13 @@ class Storage:
             ChecksumError: Its SHA-256 is another one; it is forgotten.
             UploadError: An object store does not take it.
         """
+        self._finishing.add(upload.number)
+        try:
+            self._finish(upload)
+        finally:
+            self._finishing.discard(upload.number)
+
+    def _finish(self, upload: Upload) -> None:
         part = self._part(upload)
         is_new = not self.transport.has(upload.path)
         with open(part, "rb") as file:
@@ -291,7 +299,8 @@ class Storage:
         return self._usage.get(key_name, 0) + coming
 
     def free_bytes(self) -> int:
-        """Room on the disk that takes uploads."""
+        """Room on the disk that takes uploads; makes their folder anew where somebody has cleared it."""
+        layout.make_directory(self.uploads_dir)
         status = os.statvfs(self.uploads_dir)
         return status.f_bavail * status.f_frsize
 
@@ -342,6 +351,16 @@ class Storage:
         # Not durable: after a power cut its client begins anew, and what has its place is found there.
         layout.write_json(self._record(upload), asdict(upload), durable=False)
         self._uploads[upload.number] = upload
+
+    def _has(self, upload: Upload) -> bool:
+        """False if what had arrived of an upload was deleted under us: it is forgotten then."""
+        if upload.is_done or self._part(upload).exists() or upload.number in self._finishing:
+            return True
+        found = self._uploads.get(upload.number)
+        if found is not None and found.is_done:  # since we looked
+            return True
+        self.forget(upload)
+        return False
 
     def _part(self, upload: Upload) -> Path:
         return self.uploads_dir / f"{upload.number}.part"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from ml_debugger.errors import InvalidTypeError
+from ml_debugger.terminal import stderr_is_terminal
 
 ProgressCallback = Callable[[int, int], object]
 
@@ -32,7 +33,7 @@ class Progress:
         self._label = label
         self._callback = progress if callable(progress) else None
         if progress is None:
-            progress = bool(sys.stderr is not None and sys.stderr.isatty())
+            progress = stderr_is_terminal()
         self._shows = progress is True
         self._shown_at = 0.0
         self._is_shown = False

@@ -17,6 +17,7 @@ from ml_debugger.errors import (
     StorageError,
     TraceStallError,
 )
+from ml_debugger.terminal import stderr_is_terminal
 from ml_debugger.tracer.inputs import check_flag, check_seconds, require_epoch, select_epoch
 from ml_debugger.tracer.session import TraceSession
 from ml_debugger.tracer.torch_tracer import TorchTracer
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ml_debugger.trace.catalog import RankSummary
 
 __all__ = ["TrainingTracer"]
+
+_LINE_CHARACTERS = 40  # of progress: a shorter line covers the longer one before it
 
 
 class TrainingTracer(TorchTracer):
@@ -108,7 +111,7 @@ class TrainingTracer(TorchTracer):
             _raise_losses(*session.report_losses())
 
     def _wait_for_commit(self, session: TraceSession, interval_s: float) -> None:
-        if session.closed or not sys.stderr.isatty():
+        if session.closed or not stderr_is_terminal():
             session.flush(None)
             return
         left, deadline = -1, 0.0
@@ -122,10 +125,10 @@ class TrainingTracer(TorchTracer):
                     left, deadline = now, time.monotonic() + self._config.stall_timeout_s
                 elif time.monotonic() > deadline:
                     raise
-                sys.stderr.write(f"\rsaving: {left} rows left  ")
+                sys.stderr.write(f"\rsaving: {left} rows left".ljust(_LINE_CHARACTERS))
                 sys.stderr.flush()
         if left >= 0:
-            sys.stderr.write("\rsaving: done" + " " * 20 + "\n")
+            sys.stderr.write("\rsaving: done".ljust(_LINE_CHARACTERS) + "\n")
 
     def upload(self, n_epoch: int | None = None, *, force: bool = False) -> UploadReport:
         """Send what the endpoint does not hold, of every rank that records into this directory.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from ml_debugger.errors import InvalidTypeError
+from ml_debugger.terminal import stderr_is_terminal
 
 ProgressCallback = Callable[[int], object]
 
@@ -31,7 +31,7 @@ class UploadProgress:
             )
         self._callback = progress if callable(progress) else None
         if progress is None:
-            progress = bool(sys.stderr is not None and sys.stderr.isatty())
+            progress = stderr_is_terminal()
         self._shows = progress is True
         self._bar: Any = None
         self._bytes = 0

@@ -59,6 +59,10 @@ class Retries:
     def progress(self) -> None:
         """Something arrived: the count begins anew."""
         self._tries = 0
+        self.moved()
+
+    def moved(self) -> None:
+        """Bytes are on their way, and may arrive or not: the time begins anew, the count does not."""
         self._since = self._clock()
 
     def failed(self, error: TransientError) -> None:

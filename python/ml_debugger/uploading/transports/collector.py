@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from ml_debugger.errors import UploadError
 from ml_debugger.uploading.retry import RetryPolicy
+from ml_debugger.uploading.transports.http import MAX_ANSWER_BYTES
 from ml_debugger.uploading.transports.tus import TusTransport
 
 
@@ -36,15 +37,16 @@ class CollectorTransport(TusTransport):
         try:
             listed = json.loads(answer.body)["files"]
             return {str(path): int(length) for path, length in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UploadError(
                 "the endpoint's list of files cannot be read", "check that it is `ml-debugger serve`"
             ) from error
 
     def read(self, path: str) -> bytes | None:
         """A file's bytes."""
+        limit = MAX_ANSWER_BYTES if path.endswith(".json") else None
         answer = self.retried(
-            lambda: self.http.request("GET", f"../data/{quote(path)}", accept=(200, 404), max_bytes=None)
+            lambda: self.http.request("GET", f"../data/{quote(path)}", accept=(200, 404), max_bytes=limit)
         )
         return answer.body if answer.status == 200 else None
 

@@ -15,10 +15,11 @@ import httpx
 from ml_debugger.errors import AuthenticationError, UploadError
 from ml_debugger.uploading.endpoint import shown_endpoint
 from ml_debugger.uploading.retry import RetryPolicy, TransientError, retry_after_s
+from ml_debugger.uploading.transports.patience import AnswerWatch
 
 _CONNECT_TIMEOUT_S = 15.0
 _IDLE_TIMEOUT_S = 60.0
-_MAX_ANSWER_BYTES = 64 << 20
+MAX_ANSWER_BYTES = 64 << 20
 _MAX_SHOWN_CHARACTERS = 200
 _TRANSIENT = (408, 409, 423, 425, 429, 460)
 
@@ -56,6 +57,8 @@ class HttpClient:
                     "check MLD_API_KEY or api_key for blanks and line breaks",
                 )
             headers["Authorization"] = f"Bearer {key}"
+        self._stall_timeout_s = policy.stall_timeout_s
+        self._watch = AnswerWatch(policy.stall_timeout_s)
         idle = min(_IDLE_TIMEOUT_S, policy.stall_timeout_s)
         self._client = httpx.Client(
             headers=headers,
@@ -81,7 +84,7 @@ class HttpClient:
         headers: dict[str, str] | None = None,
         content: bytes | Iterable[bytes] | None = None,
         accept: tuple[int, ...] = (200, 201, 204),
-        max_bytes: int | None = _MAX_ANSWER_BYTES,
+        max_bytes: int | None = MAX_ANSWER_BYTES,
     ) -> Answer:
         """Send one request, once.
 
@@ -91,7 +94,8 @@ class HttpClient:
             headers: Besides the usual ones.
             content: The body.
             accept: Statuses that are an answer; every other one is an error.
-            max_bytes: Longest answer that is believed; None: any.
+            max_bytes: Longest answer that is believed, and then it has to be here within ``stall_timeout_s``;
+                None: any, as long as more of it comes.
 
         Raises:
             TransientError: It may work another time.
@@ -99,23 +103,45 @@ class HttpClient:
             UploadError: It will not work.
         """
         target = self.resolve(url)
+        self._watch.has_cut = False
         try:
-            with self._client.stream(method, target, headers=headers, content=content) as response:
-                body = bytearray()
-                for part in response.iter_raw():
-                    body += part
-                    if max_bytes is not None and len(body) > max_bytes:
-                        raise UploadError(
-                            f"the answer of {self._shown(target)} has no end", "check the endpoint"
-                        )
-                answer = Answer(response.status_code, dict(response.headers), bytes(body))
+            answer = self._exchange(method, target, headers, content, max_bytes)
         except httpx.HTTPError as error:
-            raise self._network_error(error, target) from None
+            if not self._watch.has_cut:
+                raise self._network_error(error, target) from None
         except (httpx.InvalidURL, UnicodeError) as error:
             raise UploadError(f"{self._shown(target)} is not a URL: {error}", "check the endpoint") from None
+        finally:
+            self._watch.end()
+        if self._watch.has_cut:
+            raise TransientError(
+                f"{self._shown(target)} did not end its answer within {self._stall_timeout_s:g} s",
+                "check the endpoint",
+            )
         if answer.status in accept:
             return answer
         raise self._status_error(answer, method, target)
+
+    def _exchange(
+        self,
+        method: str,
+        target: str,
+        headers: dict[str, str] | None,
+        content: bytes | Iterable[bytes] | None,
+        max_bytes: int | None,
+    ) -> Answer:
+        told = {"trace": self._watch.on_event}
+        with self._client.stream(
+            method, target, headers=headers, content=content, extensions=told
+        ) as response:
+            body = bytearray()
+            for part in response.iter_raw():
+                body += part
+                if max_bytes is None:
+                    self._watch.begin()
+                elif len(body) > max_bytes:
+                    raise UploadError(f"the answer of {self._shown(target)} has no end", "check the endpoint")
+            return Answer(response.status_code, dict(response.headers), bytes(body))
 
     def resolve(self, url: str) -> str:
         """An absolute URL of the endpoint's origin.

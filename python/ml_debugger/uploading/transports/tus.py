@@ -88,7 +88,7 @@ class TusTransport:
                     if offset > best:
                         best = offset
                         retries.progress()
-                    offset = self._patch(url, item, offset)
+                    offset = self._patch(url, item, offset, retries.moved)
                 return
             except _LostError as error:
                 url = None
@@ -175,7 +175,7 @@ class TusTransport:
             return None
         return offset
 
-    def _patch(self, url: str, item: Item, offset: int) -> int:
+    def _patch(self, url: str, item: Item, offset: int, on_moved: Callable[[], None]) -> int:
         """Send the next part; returns the offset behind it as the server says."""
         end = min(offset + self.part_bytes, item.length_bytes)
         headers = {
@@ -186,7 +186,7 @@ class TusTransport:
         }
         if self._checksum is not None:
             headers["Upload-Checksum"] = f"{self._checksum} {_digest(self._checksum, item.file, offset, end)}"
-        content = _pieces(item, offset, end)
+        content = _pieces(item, offset, end, on_moved)
         answer = self.http.request("PATCH", url, headers=headers, content=content, accept=(200, 204, *_GONE))
         if answer.status in _GONE:
             raise _LostError("the endpoint has lost an upload that was under way")
@@ -201,7 +201,7 @@ class _LostError(TransientError):
     """The upload is gone: begin anew."""
 
 
-def _pieces(item: Item, offset: int, end: int) -> Iterator[bytes]:
+def _pieces(item: Item, offset: int, end: int, on_moved: Callable[[], None]) -> Iterator[bytes]:
     """What lies between, in pieces that grow while the link takes them in no time."""
     size = _PIECE_BYTES
     while offset < end:
@@ -215,6 +215,7 @@ def _pieces(item: Item, offset: int, end: int) -> Iterator[bytes]:
         size = min(2 * size, _MOST_PIECE_BYTES) if is_fast else _PIECE_BYTES
         offset += len(piece)
         item.on_bytes(len(piece))
+        on_moved()
 
 
 def _digest(algorithm: str, file: IO[bytes], offset: int, end: int) -> str:
