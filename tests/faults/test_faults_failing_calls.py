@@ -146,3 +146,49 @@ def run_case(trial: Any, tally: Score, steps: list[Any], pick: Callable[..., Any
         trial.judge()
     except AssertionError as finding:
         raise AssertionError(f"{case}: {finding}") from None
+
+
+FLUSH = """
+import os, signal, time
+import torch
+from torch import nn
+from ml_debugger import TracerConfig
+from ml_debugger.training import ClassificationTracer
+
+class SlowHead(nn.Module):
+    def forward(self, x):
+        time.sleep(0.05)  # meanwhile the writer begins to commit what the layer before gave
+        return x[:, :4]
+
+config = TracerConfig(data_dir=ARGS[0], on_error="warn", commit_interval_s=0.01)
+tracer = ClassificationTracer(nn.Sequential(nn.Identity(), SlowHead()), "net", "v0", {"wide": "0"}, config=config)
+os.kill(os.getpid(), signal.SIGSTOP)
+tracer(torch.zeros(5, 30_000), torch.zeros(5, dtype=torch.long), range(5), "train", 0)
+tracer.flush()
+stats = tracer.stats()
+print("after the flush:", stats.rows_failed, "failed,", stats.rows_in_flight, "in flight")
+tracer.close()
+"""
+
+
+def test_a_flush_that_meets_a_failure_returns_when_the_loss_is_counted(
+    make_trial: Callable[..., Any], score: Callable[[str], Score], tmp_path: Path
+) -> None:
+    """Of a call that had handed over a layer, and not yet its rows, when the writer began to fail."""
+    require_strace()
+    tally = score("storage fails in the middle of a call: what flush() lost is counted when it returns")
+    tally.rounds += 1
+    trial = make_trial(tally)
+    log = tmp_path / "log"
+    job = {"kind": "script", "source": FLUSH, "args": [str(trial.data_dir)], "log": str(log)}
+    process = trial.server.start(job)
+    trial.processes.append(process)
+    process.wait_until_stopped()
+    slow_failure = "openat:error=EIO:delay_exit=100000:when=1+"
+    target, all_threads = writer_of(process)
+    with Injection(target, [slow_failure], tmp_path / "strace", all_threads=all_threads) as injection:
+        os.kill(process.pid, signal.SIGCONT)
+        assert trial.wait(process) == 0, process.output()
+    tally.fired += injection.fired() > 0
+    assert "after the flush: 5 failed, 0 in flight" in process.output()
+    assert tally.fired == 1
