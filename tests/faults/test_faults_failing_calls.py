@@ -161,7 +161,8 @@ class SlowHead(nn.Module):
         return x[:, :4]
 
 config = TracerConfig(data_dir=ARGS[0], on_error="warn", commit_interval_s=0.01)
-tracer = ClassificationTracer(nn.Sequential(nn.Identity(), SlowHead()), "net", "v0", {"wide": "0"}, config=config)
+model = nn.Sequential(nn.Identity(), SlowHead())
+tracer = ClassificationTracer(model, "net", "v0", {"wide": "0"}, config=config)
 os.kill(os.getpid(), signal.SIGSTOP)
 tracer(torch.zeros(5, 30_000), torch.zeros(5, dtype=torch.long), range(5), "train", 0)
 tracer.flush()

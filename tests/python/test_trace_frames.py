@@ -138,6 +138,34 @@ def ids_of(trace: Trace, wanted: Any, **selection: Any) -> list[str]:
     return list(trace.arrays(FEATURES, input_ids=wanted, columns=["input_id"], **selection)["input_id"])
 
 
+@pytest.mark.parametrize("selection", [{}, {"dedupe": True}, {"input_ids": ["id1", "id4"]}])
+def test_batches_of_every_size_hold_what_the_arrays_hold(rich: Trace, selection: dict[str, Any]) -> None:
+    """Whether blocks lie within a batch, span several, or end with one."""
+    for table in (FEATURES, "ground_truth"):
+        arrays = rich.arrays(table, **selection)
+        rows = len(arrays["row_id"])
+        for size in (*range(1, rows + 2), 10**9):
+            batches = list(rich.iter_batches(table, batch_size=size, **selection))
+            assert [len(batch["row_id"]) for batch in batches] == [
+                min(size, rows - start) for start in range(0, rows, size)
+            ]
+            for name, expected in arrays.items():
+                found = [row for batch in batches for row in batch[name]]
+                for row, value in zip(found, expected, strict=True):
+                    np.testing.assert_array_equal(row, value)
+
+
+def test_batches_are_memory_of_their_own(rich: Trace) -> None:
+    first, second, *_ = rich.iter_batches(FEATURES, batch_size=4)
+    kept = {name: values.copy() for name, values in second.items()}
+    for values in first.values():
+        values[:] = values[::-1].copy()
+    for name, values in second.items():
+        assert values.flags.writeable
+        for row, expected in zip(values, kept[name], strict=True):
+            np.testing.assert_array_equal(row, expected)
+
+
 def test_every_reader_takes_ids(rich: Trace) -> None:
     everything = rich.arrays(FEATURES)
     keep = np.isin(everything["input_id"], ["id1", "id4"])
