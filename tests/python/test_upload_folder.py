@@ -15,6 +15,7 @@ from ml_debugger.errors import CorruptDataError, InvalidTypeError, NotFoundError
 from ml_debugger.store import layout
 from ml_debugger.uploading import UploadReport, upload_trace
 from ml_debugger.uploading.client import UploadClient
+from ml_debugger.uploading.transports.folder import FolderTransport
 from upload_support import assert_same_trace, write_trace
 
 
@@ -37,6 +38,26 @@ def test_what_arrives_is_the_trace_bit_for_bit(sealed: bool, data_dir: Path, the
     report = upload(data_dir, there)
     assert report.segments_sent == 3 and report.segments_skipped == 0
     assert report.bytes_sent == sum(path.stat().st_size for path in slices(there))
+    assert_same_trace(data_dir, there)
+
+
+@pytest.mark.parametrize("name", ["version.json", "attempts.json"])
+def test_a_document_that_others_change_all_the_time_ends_the_upload(
+    name: str, data_dir: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices that nobody can place would not be a trace."""
+    swap = FolderTransport.swap
+
+    def lost(self: FolderTransport, path: str, old: bytes | None, new: bytes) -> bool:
+        return False if path.endswith(name) else swap(self, path, old, new)
+
+    write_trace(data_dir)
+    monkeypatch.setattr(FolderTransport, "swap", lost)
+    with pytest.raises(UploadError, match=rf"{name} at the endpoint changed 20 times"):
+        upload(data_dir, there)
+    assert slices(there) == []
+    monkeypatch.undo()
+    upload(data_dir, there)
     assert_same_trace(data_dir, there)
 
 

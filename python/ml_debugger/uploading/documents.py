@@ -60,15 +60,15 @@ class Documents:
                 self._attempts_path, before, _encoded({"attempts": entries})
             ):
                 return numbers
-        raise UploadError(
-            f"{self._attempts_path} at the endpoint changed {_TRIES} times while it was to be changed",
-            "upload again, with fewer uploaders of one rank",
-        )
+        raise _keeps_changing(self._attempts_path)
 
     def send_version(self, info: layout.VersionInfo) -> None:
         """Make the endpoint's `version.json` say what is recorded here.
 
         Slices of a version that was recreated with other columns stay there, unseen: their names say so.
+
+        Raises:
+            UploadError: The endpoint failed.
         """
         new = _encoded(layout.version_document(info))
         if not self._transport.keeps_documents:
@@ -80,6 +80,7 @@ class Documents:
                 return
             if self._transport.swap(self._version_path, before, new):
                 return
+        raise _keeps_changing(self._version_path)
 
     def _entries(self, document: bytes | None) -> list[dict[str, Any]]:
         found = _decoded(document).get("attempts", []) if document is not None else []
@@ -103,6 +104,13 @@ class Documents:
             Item(path, io.BytesIO(data), len(data), digest, None, lambda url: None, lambda sent: None)
         )
         self._ledger.put_documents(sent | {path: digest})
+
+
+def _keeps_changing(path: str) -> UploadError:
+    return UploadError(
+        f"{path} at the endpoint changed {_TRIES} times while it was to be changed",
+        "upload again, with fewer uploaders of one trace",
+    )
 
 
 def _assign(local: list[dict[str, Any]], remote: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
