@@ -10,25 +10,23 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-SIZE, SLICES, STEP, ROUNDS = 32 << 20, 8, 1 << 20, 9
-FILE, THERE = os.path.join(sys.argv[1], "file"), os.path.join(sys.argv[1], "there")
+SIZE, SLICES, STEP, ROUNDS, PLACE = 32 << 20, 8, 1 << 20, 9, sys.argv[1]
 
 
 def serve(connection):
-    block = memoryview(bytearray(STEP))
+    block, number = memoryview(bytearray(STEP)), 0
     while connection.recv(1, socket.MSG_PEEK):
-        digest, left = hashlib.sha256(), SIZE
-        with open(THERE, "wb", buffering=0) as file:
+        digest, left, number = hashlib.sha256(), SIZE, number + 1
+        with open(f"{PLACE}/there-{number % SLICES}", "wb", buffering=0) as there:
             while left:
                 left -= (length := connection.recv_into(block[: min(left, STEP)]))
-                file.write(block[:length])
+                there.write(block[:length])
                 digest.update(block[:length])
-            os.fsync(file.fileno())
+            os.fsync(there.fileno())
         connection.sendall(digest.digest())
-        os.unlink(THERE)
 
 
-def send_pieces(file, connection):
+def send_pieces(connection, file):
     for _ in range(SLICES):
         digest = hashlib.sha256()
         for _ in range(SIZE // STEP):
@@ -37,24 +35,22 @@ def send_pieces(file, connection):
         assert connection.recv(32) == digest.digest()
 
 
-def send_slices(file, connection, checksum=zlib.crc32):
+def send_slices(connection, file, checksum=zlib.crc32):
     memories, pages = (
         [mmap.mmap(-1, SIZE) for _ in range(2)],
         mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ),
     )
 
-    def cut(number):
-        memory, source = memoryview(memories[number % 2]), memoryview(pages)
-        memory[:] = source[number * SIZE : (number + 1) * SIZE]
+    def cut(number):  # while the one before travels
+        memory = memoryview(memories[number % 2])
+        memory[:] = memoryview(pages)[number * SIZE : (number + 1) * SIZE]
         return memory, checksum(memory), hashlib.sha256(memory).digest()
 
     with ThreadPoolExecutor(1) as cutter:
-        slices = [cutter.submit(cut, 0)]
+        ahead = cutter.submit(cut, 0)
         for number in range(SLICES):
-            memory, _, digest = slices[number].result()
-            slices += (
-                [cutter.submit(cut, number + 1)] if number + 1 < SLICES else []
-            )  # while this one travels
+            memory, _, digest = ahead.result()
+            ahead = cutter.submit(cut, number + 1) if number + 1 < SLICES else None
             connection.sendall(memory)
             assert connection.recv(32) == digest
 
@@ -62,19 +58,18 @@ def send_slices(file, connection, checksum=zlib.crc32):
 listener = socket.create_server(("127.0.0.1", 0))
 ours, (theirs, _) = socket.create_connection(listener.getsockname()), listener.accept()
 if os.fork() == 0:
-    ours.close()
-    sys.exit(serve(theirs))
-with open(FILE, "wb") as made:
+    sys.exit(ours.close() or serve(theirs))
+with open(f"{PLACE}/file", "wb") as made:
     made.write(os.urandom(SIZE) * SLICES)
-ways, took = {"pieces": send_pieces, "slices": send_slices}, []
+ways, seconds = {"pieces": send_pieces, "slices": send_slices}, []
 ways["slices without CRC-32"] = lambda *given: send_slices(*given, checksum=len)
-for _ in range(ROUNDS + 1):
-    took.append({})
+for _ in range(ROUNDS + 1):  # the first one warms up
+    seconds.append({})
     for name in sorted(ways, key=lambda _: os.urandom(4)):
-        with open(FILE, "rb", buffering=0) as file:
+        with open(f"{PLACE}/file", "rb", buffering=0) as file:
             began = time.perf_counter()
-            ways[name](file, ours)
-            took[-1][name] = time.perf_counter() - began
+            ways[name](ours, file)
+            seconds[-1][name] = time.perf_counter() - began
 for name in ways:
-    ratios = sorted(round_["pieces"] / round_[name] for round_ in took[1:])  # the first one warms up
+    ratios = sorted(took["pieces"] / took[name] for took in seconds[1:])
     print(f"{name:22} {ratios[ROUNDS // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")

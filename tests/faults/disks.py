@@ -68,6 +68,11 @@ class Disk:
                 _must("umount", "-l", str(self.mount))
                 raise AssertionError(f"somebody kept {self.mount} busy: {holders}")
             time.sleep(0.02)
+        # A process with its own copy of the mounts holds the filesystem a while longer, a cut one too.
+        while self._image is not None and _run("losetup", "-j", str(self._image)).stdout:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"somebody kept the device of {self._image} busy")
+            time.sleep(0.02)
 
     def cut(self) -> None:
         """Power cut: from now on nothing reaches the image any more, and every call fails."""

@@ -23,11 +23,16 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _CLONE_NEWNS = 0x00020000
+_MNT_DETACH = 2
 _MS_BIND, _MS_PRIVATE, _MS_REC = 0x1000, 1 << 18, 0x4000
 
 
-def pretend_boot(boot_id_file: str) -> None:
-    """Let this process, and no other, see another boot id, as after a power cut."""
+def pretend_boot(boot_id_file: str, data_dir: str) -> None:
+    """Let this process, and no other, see another boot id, as after a power cut.
+
+    It lets go of all disks of tests but that of ``data_dir``: else they would stay mounted as long as we live,
+    in our copy of the mounts, and a test beside us would not get a fresh one after its own power cut.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     for result in (
         libc.unshare(_CLONE_NEWNS),
@@ -36,6 +41,10 @@ def pretend_boot(boot_id_file: str) -> None:
     ):
         if result != 0:
             raise OSError(ctypes.get_errno(), "cannot pretend another boot")
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        device, mount, *_ = line.split()
+        if device.startswith("/dev/loop") and not data_dir.startswith(f"{mount}/"):
+            libc.umount2(mount.encode(), _MNT_DETACH)
 
 
 def _judge(job: dict[str, Any]) -> int:
@@ -63,7 +72,7 @@ def _child(job: dict[str, Any]) -> int:
     os.dup2(null, 0)
     os.environ.update(job.get("environment", {}))
     if "boot_id_file" in job:
-        pretend_boot(job["boot_id_file"])
+        pretend_boot(job["boot_id_file"], job.get("data_dir", ""))
     import recorder
 
     kinds = {"record": recorder.main, "judge": _judge, "script": _script}
