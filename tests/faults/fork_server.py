@@ -30,8 +30,8 @@ _MS_BIND, _MS_PRIVATE, _MS_REC = 0x1000, 1 << 18, 0x4000
 def pretend_boot(boot_id_file: str, data_dir: str) -> None:
     """Let this process, and no other, see another boot id, as after a power cut.
 
-    It lets go of all disks of tests but that of ``data_dir``: else they would stay mounted as long as we live,
-    in our copy of the mounts, and a test beside us would not get a fresh one after its own power cut.
+    It lets go of all disks of tests but that of ``data_dir``: else they would stay mounted as long as we
+    live, in our copy of the mounts, and a test beside us would not get a fresh one after its own power cut.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     for result in (
