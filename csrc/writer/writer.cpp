@@ -389,15 +389,19 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept try 
 
 bool Writer::answer_requests() noexcept {
   bool answered = false;
-  for (auto& [id, track] : tracks_) {
-    const StoreState& store = track.attempt->store();
-    const std::string request = store.directory() + "/" + kFlushRequestFile;
-    const std::string taken = store.directory() + "/" + kTakenRequestFile;
-    // A request that comes from here on is another one.
-    if (rename(request.c_str(), taken.c_str()) != 0) continue;
-    write_status(store, true);
-    unlink(taken.c_str());
-    answered = true;
+  try {
+    for (auto& [id, track] : tracks_) {
+      const StoreState& store = track.attempt->store();
+      const std::string request = store.directory() + "/" + kFlushRequestFile;
+      const std::string taken = store.directory() + "/" + kTakenRequestFile;
+      // A request that comes from here on is another one.
+      if (rename(request.c_str(), taken.c_str()) != 0) continue;
+      write_status(store, true);
+      unlink(taken.c_str());
+      answered = true;
+    }
+  } catch (const std::bad_alloc&) {
+    // A request that is not taken waits for the next look.
   }
   return answered;
 }

@@ -80,6 +80,23 @@ def test_an_allocation_that_fails_is_an_error_or_nothing(
     assert tally.fired > (0.7 * tally.rounds if is_long() else 0)
 
 
+def test_a_writer_that_rests_without_memory_goes_on_when_there_is_some(
+    make_trial: Callable[..., Any], score: Callable[[str], Score]
+) -> None:
+    """What it does once a second, beside commits, needs memory too."""
+    tally = score("no allocation of a resting writer's thread succeeds for 2.5 s: it goes on later")
+    tally.rounds += 1
+    trial = make_trial(tally, config=CONFIG)
+    shortage = [["starve", "writer", 1, True], ["sleep", 2.5], ["feed"]]
+    process = trial.start(
+        [["open"], ["train", 2, 1], ["flush"], *shortage, ["train", 2, 1], ["flush"], ["close"]]
+    )
+    assert trial.wait(process) == 0, process.output()
+    tally.fired += figures(process.output())[1] > 0
+    assert trial.verify() > 0
+    assert tally.fired == 1
+
+
 THREADS = """
 import ctypes, sys
 from ml_debugger import TracerConfig
