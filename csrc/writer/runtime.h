@@ -17,13 +17,14 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <vector>
+#include <vector>
 
 #include "capture/attempt.h"
 #include "device/device_stager.h"
@@ -110,7 +111,7 @@ class Runtime {
   std::atomic<std::int64_t> interval_ns_{0};
   std::atomic<std::uint32_t> waiters_{0};
   std::mutex tasks_mutex_;
-  std::deque<std::shared_ptr<Task>> tasks_;  // protected by tasks_mutex_
+  std::vector<std::shared_ptr<Task>> tasks_;  // protected by tasks_mutex_
   // thread -> waiters
   std::atomic<std::uint64_t> read_position_{0};
   std::atomic<std::uint64_t> progress_{0};

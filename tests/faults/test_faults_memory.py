@@ -86,7 +86,7 @@ def test_a_writer_that_rests_without_memory_goes_on_when_there_is_some(
     """What it does once a second, beside commits, needs memory too."""
     tally = score("no allocation of a resting writer's thread succeeds for 2.5 s: it goes on later")
     tally.rounds += 1
-    trial = make_trial(tally, config=CONFIG)
+    trial = make_trial(tally, config={**CONFIG, "stall_timeout_s": 30.0})
     shortage = [["starve", "writer", 1, True], ["sleep", 2.5], ["feed"]]
     process = trial.start(
         [["open"], ["train", 2, 1], ["flush"], *shortage, ["train", 2, 1], ["flush"], ["close"]]
