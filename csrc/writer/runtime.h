@@ -24,7 +24,6 @@
 #include <optional>
 #include <thread>
 #include <vector>
-#include <vector>
 
 #include "capture/attempt.h"
 #include "device/device_stager.h"
