@@ -14,6 +14,7 @@ from test_faults_kill import FOREVER
 from trials import Score, Trial, rounds
 
 CONFIG = {"close_timeout_s": 5.0, "stall_timeout_s": 20.0}
+ROUNDS_A_STORE = 20  # a ledger has room for 256 epochs
 PATIENCE_S = 40.0
 UPLOAD = """
 from ml_debugger.uploading.upload import upload_trace
@@ -79,14 +80,17 @@ def test_killed_tracers_and_uploaders_leave_an_endpoint_that_is_completed(
 ) -> None:
     tally = score("kill -9 of tracer, uploader or both during uploads: the endpoint has every row, once")
     choice = random.Random(seed)
-    trial, there = make_trial(tally, config=CONFIG), tmp_path / "endpoint"
-    for number in range(rounds(3, 0.1)):
-        tally.rounds += 1
-        one_round(trial, ("tracer", "uploader", "both")[number % 3], there, choice)
-    rows = trial.verify()
-    job = {"kind": "script", "source": UPLOAD, "args": [str(trial.data_dir), str(there)]}
-    upload = trial.server.start({**job, "log": str(tmp_path / "upload.log")})
-    assert trial.wait(upload) == 0, upload.output()
-    assert trial.judge(data_dir=str(there)) == trial.judge() > rows > 0
-    assert not list(there.rglob("*.tmp")), "half a slice was left"
+    total = rounds(3, 0.1)
+    for first in range(0, total, ROUNDS_A_STORE):
+        trial, there = make_trial(tally, config=CONFIG), tmp_path / f"endpoint-{first}"
+        for number in range(first, min(first + ROUNDS_A_STORE, total)):
+            tally.rounds += 1
+            one_round(trial, ("tracer", "uploader", "both")[number % 3], there, choice)
+        rows = trial.verify()
+        job = {"kind": "script", "source": UPLOAD, "args": [str(trial.data_dir), str(there)]}
+        upload = trial.server.start({**job, "log": str(tmp_path / "upload.log")})
+        assert trial.wait(upload) == 0, upload.output()
+        assert trial.judge(data_dir=str(there)) == trial.judge() > rows > 0
+        assert not list(there.rglob("*.tmp")), "half a slice was left"
+        trial.remove()
     assert tally.fired > 0
