@@ -113,12 +113,12 @@ class StoreHandle {
 void bind_store(py::module_& module) {
   py::class_<StoreHandle>(module, "Store", py::is_final(),
                           "Private; see ml_debugger.training.TrainingTracer.")
-      .def(
-          made<StoreHandle, const std::string&, std::uint32_t, const std::string&,
-               std::optional<std::uint64_t>, std::size_t, const std::string&, const std::string&>(),
-          py::arg("directory"), py::kw_only(), py::arg("rank"), py::arg("durability"),
-          py::arg("max_bytes") = py::none(), py::arg("segment_bytes") = std::size_t{4} << 30,
-          py::arg("owner") = "", py::arg("staging") = "")
+      .def(py::init<const std::string&, std::uint32_t, const std::string&,
+                    std::optional<std::uint64_t>, std::size_t, const std::string&,
+                    const std::string&>(),
+           py::arg("directory"), py::kw_only(), py::arg("rank"), py::arg("durability"),
+           py::arg("max_bytes") = py::none(), py::arg("segment_bytes") = std::size_t{4} << 30,
+           py::arg("owner") = "", py::arg("staging") = "")
       .def_property_readonly("directory", &StoreHandle::directory)
       .def_property_readonly("disk_bytes", &StoreHandle::disk_bytes)
       .def("recorder", &StoreHandle::recorder, py::arg("attempt"), py::kw_only(),

@@ -3,9 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <memory>
-#include <utility>
-
 #include "capture/recorder.h"
 
 namespace mld {
@@ -43,15 +40,6 @@ void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column,
 
 // The C++ object behind a `_core.Recorder`; throws TypeError for anything else.
 std::shared_ptr<Recorder> recorder_of(pybind11::handle object);
-
-// A constructor for `def()`. Where `pybind11::init<...>()` registers the new object, no exception
-// may leave: out of memory there would be the end of the process.
-template <typename Class, typename... Arguments>
-auto made() {
-  return pybind11::init([](Arguments... arguments) {
-    return std::make_unique<Class>(std::forward<Arguments>(arguments)...);
-  });
-}
 
 // Seconds as Python gives them; infinity and huge values become ten years.
 std::chrono::nanoseconds to_duration(double seconds);
