@@ -405,7 +405,7 @@ class TorchTracer:
         return self._config
 
     def flush(self, timeout: float | None = None) -> None:
-        """Return when all rows handed over before are committed.
+        """Return when all rows handed over before are committed, or counted as failed (``on_error="warn"``).
 
         Args:
             timeout: Seconds; None waits as long as there is progress, at most ``stall_timeout_s`` without.
