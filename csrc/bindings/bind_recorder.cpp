@@ -166,6 +166,14 @@ void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column, 
                    device);
 }
 
+py::object to_python(std::shared_ptr<Recorder> recorder) {
+  const py::type type = py::type::of<Recorder>();
+  PyObject* object = py::detail::make_new_instance(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  auto result = py::reinterpret_steal<py::object>(object);
+  adopt(reinterpret_cast<py::detail::instance*>(object), std::move(recorder));
+  return result;
+}
+
 std::shared_ptr<Recorder> recorder_of(py::handle object) {
   return object.cast<std::shared_ptr<Recorder>>();
 }

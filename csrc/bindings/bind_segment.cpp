@@ -143,10 +143,11 @@ std::uint32_t crc32c_of(const py::buffer& data, std::uint32_t crc) {
 }  // namespace
 
 void bind_segment(py::module_& module) {
-  py::class_<SegmentHandle>(module, "Segment", py::is_final(),
-                            "Private; see ml_debugger.open_trace.")
-      .def(py::init<const std::string&, bool>(), py::arg("path"), py::kw_only(), py::arg("sealed"))
-      .def("meta", &SegmentHandle::meta)
+  py::class_<SegmentHandle> type(module, "Segment", py::is_final(),
+                                 "Private; see ml_debugger.open_trace.");
+  def_init<SegmentHandle, const std::string&, bool>(type, py::arg("path"), py::kw_only(),
+                                                    py::arg("sealed"));
+  type.def("meta", &SegmentHandle::meta)
       .def("headers", &SegmentHandle::headers, py::arg("after") = py::none(),
            py::arg("limit") = 1024)
       .def("read", &SegmentHandle::read, py::arg("chunks"), py::arg("out"))

@@ -31,11 +31,10 @@ class StoreHandle {
   [[nodiscard]] const std::string& directory() const { return directory_; }
   [[nodiscard]] std::uint64_t disk_bytes() const { return state().disk_bytes(); }
 
-  std::shared_ptr<Recorder> recorder(std::uint32_t attempt, const std::string& overflow,
-                                     const std::string& on_error, std::size_t ring_bytes,
-                                     std::size_t commit_bytes, double commit_interval_s,
-                                     double stall_timeout_s,
-                                     std::optional<std::size_t> device_ring_bytes) {
+  py::object recorder(std::uint32_t attempt, const std::string& overflow,
+                      const std::string& on_error, std::size_t ring_bytes, std::size_t commit_bytes,
+                      double commit_interval_s, double stall_timeout_s,
+                      std::optional<std::size_t> device_ring_bytes) {
     if (attempt >= kMaxAttempts) {
       throw Error(ErrorKind::kInvalidInput,
                   "this trace has seen " + std::to_string(kMaxAttempts) +
@@ -55,8 +54,12 @@ class StoreHandle {
     if (device_ring_bytes) options.device.ring_bytes = *device_ring_bytes;
     require_open();
     look_up_torch();
-    const py::gil_scoped_release unlocked;
-    return Recorder::open(use_, options);
+    std::shared_ptr<Recorder> opened;
+    {
+      const py::gil_scoped_release unlocked;
+      opened = Recorder::open(use_, options);
+    }
+    return to_python(std::move(opened));
   }
 
   std::pair<std::uint64_t, std::uint64_t> drop_epoch(std::int64_t epoch,
@@ -111,15 +114,14 @@ class StoreHandle {
 }  // namespace
 
 void bind_store(py::module_& module) {
-  py::class_<StoreHandle>(module, "Store", py::is_final(),
-                          "Private; see ml_debugger.training.TrainingTracer.")
-      .def(py::init<const std::string&, std::uint32_t, const std::string&,
-                    std::optional<std::uint64_t>, std::size_t, const std::string&,
-                    const std::string&>(),
-           py::arg("directory"), py::kw_only(), py::arg("rank"), py::arg("durability"),
-           py::arg("max_bytes") = py::none(), py::arg("segment_bytes") = std::size_t{4} << 30,
-           py::arg("owner") = "", py::arg("staging") = "")
-      .def_property_readonly("directory", &StoreHandle::directory)
+  py::class_<StoreHandle> type(module, "Store", py::is_final(),
+                               "Private; see ml_debugger.training.TrainingTracer.");
+  def_init<StoreHandle, const std::string&, std::uint32_t, const std::string&,
+           std::optional<std::uint64_t>, std::size_t, const std::string&, const std::string&>(
+      type, py::arg("directory"), py::kw_only(), py::arg("rank"), py::arg("durability"),
+      py::arg("max_bytes") = py::none(), py::arg("segment_bytes") = std::size_t{4} << 30,
+      py::arg("owner") = "", py::arg("staging") = "");
+  type.def_property_readonly("directory", &StoreHandle::directory)
       .def_property_readonly("disk_bytes", &StoreHandle::disk_bytes)
       .def("recorder", &StoreHandle::recorder, py::arg("attempt"), py::kw_only(),
            py::arg("overflow"), py::arg("on_error"), py::arg("ring_bytes"), py::arg("commit_bytes"),

@@ -3,6 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
+#include <utility>
+
 #include "capture/recorder.h"
 
 namespace mld {
@@ -38,8 +41,35 @@ class GilWaitHooks final : public WaitHooks {
 void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column,
                     pybind11::handle tensor);
 
+// A `_core.Recorder` for one that has none.
+pybind11::object to_python(std::shared_ptr<Recorder> recorder);
+
 // The C++ object behind a `_core.Recorder`; throws TypeError for anything else.
 std::shared_ptr<Recorder> recorder_of(pybind11::handle object);
+
+// Gives a new Python object of T's class what `holder` holds. pybind11's own ways allocate outside
+// of every handler (py::init), or free the object twice if that fails (a holder that is returned).
+template <class Holder>
+void adopt(pybind11::detail::instance* self, Holder holder) {
+  using T = typename Holder::element_type;
+  auto place = self->get_value_and_holder(pybind11::detail::get_type_info(typeid(T)));
+  place.value_ptr() = holder.get();
+  try {
+    place.type->init_instance(self, &holder);
+  } catch (...) {
+    place.value_ptr() = nullptr;
+    throw;
+  }
+}
+
+// The `__init__` of T's class, with the parameters of a constructor of T.
+template <class T, class... Args, class Class, class... Extra>
+void def_init(Class& type, const Extra&... extra) {
+  const auto init = [](pybind11::detail::value_and_holder& self, Args... args) {
+    adopt(self.inst, std::make_unique<T>(std::forward<Args>(args)...));
+  };
+  type.def("__init__", init, pybind11::detail::is_new_style_constructor(), extra...);
+}
 
 // Seconds as Python gives them; infinity and huge values become ten years.
 std::chrono::nanoseconds to_duration(double seconds);

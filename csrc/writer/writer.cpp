@@ -361,7 +361,7 @@ bool Writer::read_piece(std::uint32_t attempt_id, std::int64_t epoch, std::uint6
   return found;
 }
 
-void Writer::write_status(const StoreState& store, bool recording) noexcept try {
+bool Writer::write_status(const StoreState& store, bool recording) noexcept try {
   std::string attempts;
   for_each_of(store, [&](Track& track) {
     if (!attempts.empty()) attempts += ", ";
@@ -379,12 +379,12 @@ void Writer::write_status(const StoreState& store, bool recording) noexcept try 
   text.back() = '\n';
   const std::string path = store.directory() + "/" + kStatusFile;
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
-  if (file < 0) return;
+  if (file < 0) return false;
   const ssize_t written = pwrite(file, text.data(), text.size(), 0);
-  static_cast<void>(written);
   close(file);
-} catch (const std::exception&) {
-  // Out of memory: the next one tells as much.
+  return written == static_cast<ssize_t>(text.size());
+} catch (const std::bad_alloc&) {
+  return false;
 }
 
 bool Writer::answer_requests() noexcept {
@@ -396,12 +396,15 @@ bool Writer::answer_requests() noexcept {
       const std::string taken = store.directory() + "/" + kTakenRequestFile;
       // A request that comes from here on is another one.
       if (rename(request.c_str(), taken.c_str()) != 0) continue;
-      write_status(store, true);
-      unlink(taken.c_str());
-      answered = true;
+      if (write_status(store, true)) {
+        unlink(taken.c_str());
+        answered = true;
+      } else {
+        rename(taken.c_str(), request.c_str());  // it waits for the next look
+      }
     }
   } catch (const std::bad_alloc&) {
-    // A request that is not taken waits for the next look.
+    // As above: it was not taken.
   }
   return answered;
 }
@@ -412,8 +415,7 @@ void Writer::write_changed_status() noexcept {
     const std::uint64_t rows = counters.rows_submitted + counters.rows_committed +
                                counters.rows_discarded + counters.rows_failed;
     if (rows == track.rows_in_status) continue;
-    track.rows_in_status = rows;
-    write_status(track.attempt->store(), true);
+    if (write_status(track.attempt->store(), true)) track.rows_in_status = rows;
   }
 }
 

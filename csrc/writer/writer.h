@@ -55,8 +55,8 @@ class Writer {
                   std::uint32_t capture, std::size_t piece, const CapturePiece& where, void* out);
   // Ends every attempt, counted: the writer itself cannot go on with what is pending.
   void give_up(const char* why) noexcept;
-  // The store's status file; never throws, since it only informs.
-  void write_status(const StoreState& store, bool recording) noexcept;
+  // The store's status file; whether it could be written. Never throws, since it only informs.
+  bool write_status(const StoreState& store, bool recording) noexcept;
   // The same for every store whose counters have moved since.
   void write_changed_status() noexcept;
   // Whether somebody in another process asks a store for its counters and a commit. The request is

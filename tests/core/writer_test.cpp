@@ -2,6 +2,7 @@
 // one at a time.
 #include "writer/writer.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <memory>
@@ -331,5 +332,26 @@ TEST(writer_answers_a_request_with_a_status_that_is_newer) {
   CHECK(status.find("\"rows_submitted\": 2, ") != std::string::npos);
   CHECK(status.find("\"rows_in_flight\": 2, ") != std::string::npos);
   CHECK(!writer.answer_requests());
+  writer.detach(attempt.state->id());
+}
+
+TEST(writer_keeps_a_request_whose_status_it_cannot_write) {
+  const TempDir directory;
+  Bench bench;
+  mld::Writer writer(bench.ring());
+  Attempt attempt(writer, bench, directory.path());
+  attempt.call(0, 0, 5000);
+  const std::string status = directory / "status.json";
+  CHECK_EQ(mkdir(status.c_str(), 0700), 0);
+  mld::replace_file(directory / "flush.request", "");
+  CHECK(!writer.answer_requests());
+  writer.write_changed_status();
+  CHECK(mld::path_exists(directory / "flush.request"));
+  CHECK(!mld::path_exists(directory / "flush.taken"));
+  CHECK_EQ(rmdir(status.c_str()), 0);
+  writer.write_changed_status();  // the one that failed is not taken for told
+  CHECK(support::read_file(status).find("\"rows_submitted\": 2, ") != std::string::npos);
+  CHECK(writer.answer_requests());
+  CHECK(!mld::path_exists(directory / "flush.request"));
   writer.detach(attempt.state->id());
 }

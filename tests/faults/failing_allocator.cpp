@@ -3,7 +3,7 @@
 // `starve(begin, end, nth, ever)`: of the allocations whose caller lies in [begin, end), or with 0,
 // 0 of those on the thread mld-writer, the nth fails, and all after it if `ever`. `starve_threads`
 // does the same to pthread_create. `feed` ends both and returns how many were counted; `failed` how
-// many failed.
+// many failed. The loader always gets what it asks for.
 #include <dlfcn.h>
 #include <execinfo.h>
 #include <pthread.h>
@@ -49,13 +49,19 @@ bool is_writer() {
   return prctl(PR_GET_NAME, name) == 0 && std::strcmp(name, "mld-writer") == 0;
 }
 
+// glibc ends the process when a thread's first use of a library's thread-locals finds no memory.
+bool is_of_loader(const void* caller) {
+  Dl_info info{};
+  return dladdr(caller, &info) != 0 && std::strstr(info.dli_fname, "/ld-") != nullptr;
+}
+
 bool fails(const void* caller) {
   if (!g_memory.on.load(std::memory_order_relaxed)) return false;
   const auto address = reinterpret_cast<std::uintptr_t>(caller);
   const bool is_meant = g_memory.end == 0
                             ? is_writer()
                             : address >= g_memory.begin && address < g_memory.end && !is_writer();
-  return is_meant && g_memory.strikes();
+  return is_meant && !is_of_loader(caller) && g_memory.strikes();
 }
 
 void* refuse() {

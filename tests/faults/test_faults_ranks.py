@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -106,6 +107,41 @@ def test_a_late_rank_that_has_told_nothing_yet_is_named_with_its_process(tmp_pat
         (late,) = settle_other_ranks(tmp_path, 0, job, 0.1)
     finally:
         store.close()
+    assert str(late) == f"rank 1 (process {os.getpid()}) did not answer in time"
+
+
+def test_a_rank_that_cannot_be_asked_is_named_though_its_status_tells_of_no_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk there is no room for the request; the status that is there is older than it."""
+    job = Job("job#0", 2)
+    rank_dir = layout.rank_directory(tmp_path, 1)
+    store = _core.Store(str(rank_dir), rank=1, durability="process", owner=owner_text(job))
+    recorder = store.recorder(
+        0,
+        overflow="block",
+        on_error="raise",
+        ring_bytes=1 << 20,
+        commit_bytes=1 << 20,
+        commit_interval_s=0.01,
+        stall_timeout_s=5.0,
+    )
+    recorder.flush(5.0)
+    refused = []
+
+    def touch(path: Path, **_: object) -> None:
+        refused.append(path.name)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        monkeypatch.setattr(Path, "touch", touch)
+        (late,) = settle_other_ranks(tmp_path, 0, job, 0.1)
+        monkeypatch.undo()
+        assert settle_other_ranks(tmp_path, 0, job, 10.0) == []
+    finally:
+        recorder.close(5.0)
+        store.close()
+    assert set(refused) == {"flush.request"} and len(refused) > 1  # asked again with every look
     assert str(late) == f"rank 1 (process {os.getpid()}) did not answer in time"
 
 

@@ -178,10 +178,16 @@ class _OtherRank:
         self._target: dict[int, int] | None = None  # rows that must be settled, by attempt; None: not known
         self._pid: int | None = None
         self._left = 0
+        self._is_asked = False
         self.is_dead = not is_writing(rank_dir)
         if not self.is_dead:
-            with contextlib.suppress(OSError):
-                self._request.touch(mode=0o600)
+            self._ask()
+
+    def _ask(self) -> None:
+        """Again with each look while the disk takes no file: without a request no status is an answer."""
+        with contextlib.suppress(OSError):
+            self._request.touch(mode=0o600)
+            self._is_asked = True
 
     def is_settled(self) -> bool:
         """Look once."""
@@ -192,6 +198,9 @@ class _OtherRank:
             status = read_status(self._directory)
             self._left = _in_flight(status) if self._is_of_job() else 0
             return self._left == 0
+        if not self._is_asked:
+            self._ask()
+            return False
         if self._target is None and (self._request.exists() or self._taken.exists()):
             return False
         status = read_status(self._directory)
