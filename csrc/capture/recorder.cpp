@@ -85,8 +85,19 @@ class DeviceWay {
 std::shared_ptr<Recorder> Recorder::open(const StoreUse& store, const RecorderOptions& options) {
   auto runtime = Runtime::acquire(options.ring_bytes, options.device);
   auto attempt = std::make_shared<AttemptState>(Runtime::next_attempt_id(), store, options);
+  auto recorder = std::make_shared<Recorder>(runtime, attempt);
+  // If that takes too long it may still come later, and then what ~Recorder posts comes after it.
   runtime->attach(attempt);
-  return std::make_shared<Recorder>(std::move(runtime), std::move(attempt));
+  return recorder;
+}
+
+Recorder::~Recorder() {
+  if (is_inert() || closed_.load(std::memory_order_acquire)) return;
+  try {
+    runtime_->post([id = attempt_->id()](Writer& writer) { writer.detach(id); });
+  } catch (const std::bad_alloc&) {
+    // The store stays locked until the process ends; close() is there to do better.
+  }
 }
 
 std::shared_ptr<Runtime> Recorder::runtime() const {

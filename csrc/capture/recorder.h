@@ -50,6 +50,8 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   static std::shared_ptr<Recorder> open(const StoreUse& store, const RecorderOptions& options);
   Recorder(std::shared_ptr<Runtime> runtime, std::shared_ptr<AttemptState> attempt)
       : attempt_(std::move(attempt)), room_(*attempt_), runtime_(std::move(runtime)) {}
+  // Without a close() the writer forgets the attempt when it comes to it; nobody waits.
+  ~Recorder();
   Recorder(const Recorder&) = delete;
   Recorder& operator=(const Recorder&) = delete;
 

@@ -149,14 +149,17 @@ void Runtime::wait_slice(std::uint64_t seen, WaitHooks& hooks) {
   hooks.after_slice();
 }
 
-void Runtime::run_on_writer(std::function<void(Writer&)> run, std::chrono::nanoseconds timeout,
-                            const char* what, WaitHooks& hooks) {
+std::shared_ptr<Runtime::Task> Runtime::add_task(std::function<void(Writer&)> run) {
   auto task = std::make_shared<Task>();
   task->run = std::move(run);
-  {
-    const std::lock_guard<std::mutex> lock(tasks_mutex_);
-    tasks_.push_back(task);
-  }
+  const std::lock_guard<std::mutex> lock(tasks_mutex_);
+  tasks_.push_back(task);
+  return task;
+}
+
+void Runtime::run_on_writer(std::function<void(Writer&)> run, std::chrono::nanoseconds timeout,
+                            const char* what, WaitHooks& hooks) {
+  const auto task = add_task(std::move(run));
   const auto deadline = Clock::now() + timeout;
   for (;;) {
     const std::uint64_t seen = progress();

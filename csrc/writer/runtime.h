@@ -75,7 +75,9 @@ class Runtime {
   // Wakes the writer and waits until progress() differs from `seen`, at most one slice.
   void wait_slice(std::uint64_t seen, WaitHooks& hooks);
 
-  // Runs `task` on the writer thread between two groups and waits for it; rethrows what it throws.
+  // Has `task` run on the writer thread between two groups; what it throws is nobody's.
+  void post(std::function<void(Writer&)> task) { add_task(std::move(task)), wake(); }
+  // The same, and waits for it; rethrows what it throws.
   // Throws Error(kTraceStall) at the deadline; the task may still run later, so it must own what it
   // touches.
   void run_on_writer(std::function<void(Writer&)> task, std::chrono::nanoseconds timeout,
@@ -88,6 +90,7 @@ class Runtime {
     std::exception_ptr error;  // set before done
   };
 
+  std::shared_ptr<Task> add_task(std::function<void(Writer&)> run);
   void thread_main();
   void sleep_until_due();
   bool sleep_until(Clock::time_point due) noexcept;

@@ -256,6 +256,37 @@ TEST(recorder_leaves_no_thread_and_no_descriptor_behind) {
   }
 }
 
+TEST(recorder_that_is_not_closed_commits_and_lets_go_of_its_store) {
+  const Trace trace;  // keeps the writer thread alive
+  const support::TempDir directory;
+  mld::StoreUse use(directory.path(), Trace::unsynced());
+  auto recorder = mld::Recorder::open(use, Trace::eager());
+  use.release();
+  support::record_call(*recorder, 0, 1, {"x"});
+  CHECK(mld::LockFile::is_held(directory / "writer.lock"));
+  recorder.reset();
+  CHECK(support::eventually([&] { return !mld::LockFile::is_held(directory / "writer.lock"); }));
+  CHECK_EQ(support::read_partition(directory / "epoch-0").calls.size(), 1);
+}
+
+TEST(recorder_whose_opening_took_too_long_keeps_no_lock) {
+  Trace trace;
+  support::record_call(*trace.recorder, 0, 1, {"x"});
+  support::flush(*trace.recorder);
+  support::Gate gate(trace.directory / "epoch-0");
+  support::record_call(*trace.recorder, 0, 1, {"y"});
+  std::this_thread::sleep_for(50ms);  // the writer stands at the gate
+  const support::TempDir directory;
+  mld::StoreUse use(directory.path(), Trace::unsynced());
+  mld::RecorderOptions options = Trace::eager();
+  options.stall_timeout = 50ms;
+  CHECK(kind_of([&] { mld::Recorder::open(use, options); }) == ErrorKind::kTraceStall);
+  use.release();
+  CHECK(mld::LockFile::is_held(directory / "writer.lock"));  // the writer has yet to hear of it
+  gate.open();
+  CHECK(support::eventually([&] { return !mld::LockFile::is_held(directory / "writer.lock"); }));
+}
+
 TEST(closing_commits_seals_and_is_idempotent) {
   Trace trace;
   support::record_call(*trace.recorder, 0, 1, {"x"});
