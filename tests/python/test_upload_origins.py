@@ -29,6 +29,18 @@ from upload_support import (
 pytest.importorskip("httpx")
 
 
+@pytest.fixture
+def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """A server's side of TLS on 127.0.0.1, whose authority uploads trust."""
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return context
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("method", ["POST", "PATCH"])
 def test_a_redirect_is_not_followed_and_the_key_goes_nowhere(status: int, method: str) -> None:
@@ -134,7 +146,10 @@ def test_a_server_that_is_silent_is_given_up() -> None:
     ],
     ids=["headers", "body", "body without a length", "interim answers"],
 )
-def test_an_answer_that_comes_byte_by_byte_is_given_up(first: bytes, then: bytes) -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_an_answer_that_comes_byte_by_byte_is_given_up(
+    scheme: str, first: bytes, then: bytes, tls: ssl.SSLContext
+) -> None:
     """Each byte came in time for the timeout of its read, and the answer never ended."""
     is_over = threading.Event()
 
@@ -146,12 +161,14 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up(first: bytes, then: bytes
                 while not is_over.wait(0.02):
                     connection.sendall(then)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/"
+    if scheme == "https":
+        listener = tls.wrap_socket(listener, server_side=True)
+    with listener:
         thread = threading.Thread(target=drip, args=(listener,), daemon=True)
         thread.start()
-        client = HttpClient(
-            f"http://127.0.0.1:{listener.getsockname()[1]}/", KEY, RetryPolicy(stall_timeout_s=0.3)
-        )
+        client = HttpClient(address, KEY, RetryPolicy(stall_timeout_s=0.3))
         ended = threading.Timer(5, is_over.set)  # the answer ends then at the latest
         ended.start()
         with pytest.raises(TransientError, match="did not end its answer"):

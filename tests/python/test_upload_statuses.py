@@ -12,7 +12,7 @@ import pytest
 
 from ml_debugger.errors import AuthenticationError, UploadError
 from ml_debugger.uploading.retry import MAX_TRIES, Retries, RetryPolicy, TransientError, retry_after_s
-from ml_debugger.uploading.transports.tus import TusTransport
+from ml_debugger.uploading.transports.tus import TusTransport, _pieces
 from upload_support import (
     KEY,
     SMALL,
@@ -138,6 +138,20 @@ def test_a_part_that_travels_longer_than_the_deadline_is_tried_again_when_it_fai
         transport.send(slow)
         transport.close()
         assert server.count("PATCH") == 2 and [bytes(found) for found in server.data.values()] == [data]
+
+
+def test_pieces_grow_on_a_fast_link_and_are_small_again_when_it_slows_down() -> None:
+    data = random.Random(0).randbytes(5 << 20)
+    sent = []
+    for piece in _pieces(item(data), 0, len(data), lambda: None):
+        sent.append(piece)
+        if len(sent) == 4:
+            time.sleep(0.1)
+    assert b"".join(sent) == data
+    kib = [len(piece) >> 10 for piece in sent]
+    # The machine may be slow by itself, at any of them.
+    assert kib[0] == kib[4] == 256 and max(kib) > 256
+    assert all(after <= 2 * before and after <= 1024 for before, after in zip(kib, kib[1:], strict=False))
 
 
 @pytest.mark.parametrize("told", ["0", "7", "101", "999999", "-1", "x", "", "١٠"])
