@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
 from ml_debugger.job import process_rank
 from ml_debugger.memory import usable_memory_bytes
+from ml_debugger.path_argument import check_path
 
 __all__ = ["TracerConfig"]
 
@@ -153,14 +154,7 @@ def _default_ring_bytes() -> int:
 
 
 def _check_path(value: object, name: str) -> Path:
-    if not isinstance(value, (str, os.PathLike)):
-        raise InvalidTypeError(
-            f"{name} must be a path, got {type(value).__name__}", "pass a str or a pathlib.Path"
-        )
-    text = os.fspath(value)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise InvalidInputError(f"{name} must be a non-empty path, got {text!r}", "name a directory")
-    return Path(text).expanduser()
+    return Path(check_path(value, name)).expanduser()
 
 
 def _check_optional_path(value: object, name: str) -> Path | None:

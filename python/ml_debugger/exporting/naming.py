@@ -7,7 +7,9 @@ import os
 import re
 from pathlib import Path
 
-from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.errors import InvalidInputError
+from ml_debugger.path_argument import check_path
+from ml_debugger.store.files import storage_errors
 
 _MAX_NAME_BYTES = 255
 _HASH_DIGITS = 8
@@ -47,27 +49,19 @@ def resolve_output(output_path: str | os.PathLike[str] | None, name: str) -> Pat
     Raises:
         InvalidTypeError: Not a path.
         InvalidInputError: An empty path, one with NUL, or one that leads through a file.
+        StorageError: The filesystem cannot look at it: its name is too long, say.
     """
     if output_path is None:
         return Path.cwd() / name
-    if not isinstance(output_path, (str, os.PathLike)) or not isinstance(os.fspath(output_path), str):
-        raise InvalidTypeError(
-            f"output_path must be a path, got {type(output_path).__name__}", "pass a str or a pathlib.Path"
-        )
-    text = os.fspath(output_path)
-    if not text or "\0" in text:
-        raise InvalidInputError(
-            f"output_path must be a non-empty path, got {text!r}", "name a file or a directory"
-        )
+    text = check_path(output_path, "output_path", "a file or a directory")
     path = Path(text)
-    if path.is_dir() or not text.lower().endswith(".zip"):
-        path = path / name
-    for parent in path.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise InvalidInputError(
-                    f"output_path {text!r} leads through {str(parent)!r}, which is a file",
-                    "name a directory, or a file that ends in .zip",
-                )
-            break
-    return path
+    with storage_errors(f"look at {text}", "name a path that the filesystem takes"):
+        if path.is_dir() or not text.lower().endswith(".zip"):
+            path = path / name
+        nearest = next(parent for parent in path.parents if parent.exists())
+        if not nearest.is_dir():
+            raise InvalidInputError(
+                f"output_path {text!r} leads through {str(nearest)!r}, which is a file",
+                "name a directory, or a file that ends in .zip",
+            )
+        return path

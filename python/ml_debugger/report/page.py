@@ -13,9 +13,11 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from ml_debugger.errors import InvalidInputError, InvalidTypeError, StorageError
+from ml_debugger.errors import StorageError
 from ml_debugger.exporting.naming import safe_name
+from ml_debugger.path_argument import check_path
 from ml_debugger.report.document import build_document
+from ml_debugger.store.files import storage_errors
 
 if TYPE_CHECKING:
     from ml_debugger.trace import Trace
@@ -75,19 +77,15 @@ def resolve_report(output_path: str | os.PathLike[str] | None, trace: Trace) -> 
     Raises:
         InvalidInputError: An empty path, or one with NUL.
         InvalidTypeError: Not a path.
+        StorageError: The filesystem cannot look at it.
     """
     name = default_report_name(trace.model_name, trace.version_name)
     if output_path is None:
         return Path.cwd() / name
-    if not isinstance(output_path, (str, os.PathLike)) or not isinstance(os.fspath(output_path), str):
-        raise InvalidTypeError(
-            f"output_path must be a path, got {type(output_path).__name__}", "pass a str or a pathlib.Path"
-        )
-    text = os.fspath(output_path)
-    if not text or "\0" in text:
-        raise InvalidInputError(f"output_path must be a non-empty path, got {text!r}", "name a file")
+    text = check_path(output_path, "output_path", "a file or a directory")
     path = Path(text)
-    return path / name if path.is_dir() or text.endswith(os.sep) else path
+    with storage_errors(f"look at {text}", "name a path that the filesystem takes"):
+        return path / name if path.is_dir() or text.endswith(os.sep) else path
 
 
 def check_writable(path: Path) -> None:

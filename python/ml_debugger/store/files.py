@@ -30,12 +30,12 @@ def storage_errors(
 
 def make_directory(path: Path) -> None:
     """Create ``path`` and its missing parents with mode 0700 and make the new names durable."""
-    missing = []
-    current = path
-    while not current.exists():
-        missing.append(current)
-        current = current.parent
     with storage_errors(f"create the directory {path}"):
+        missing = []
+        current = path
+        while not current.exists():
+            missing.append(current)
+            current = current.parent
         for directory in reversed(missing):
             directory.mkdir(mode=0o700, exist_ok=True)
             sync_directory(directory.parent)

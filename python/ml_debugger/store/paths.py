@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError, StorageError
+from ml_debugger.path_argument import check_path
 
 NO_EPOCH = -1
 MAX_RANKS = 1 << 14
@@ -36,14 +37,7 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
     """Directory of all traces: the argument, ``MLD_DATA_DIR``, or ``./mld_data``; absolute, not created."""
     if data_dir is None:
         data_dir = os.environ.get("MLD_DATA_DIR") or _DEFAULT_DATA_DIR
-    elif not isinstance(data_dir, (str, os.PathLike)):
-        raise InvalidTypeError(
-            f"data_dir must be a path, got {type(data_dir).__name__}", "pass a str or a pathlib.Path"
-        )
-    text = os.fspath(data_dir)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise InvalidInputError(f"data_dir must be a non-empty path, got {text!r}", "name a directory")
-    return Path(os.path.abspath(os.path.expanduser(text)))
+    return Path(os.path.abspath(os.path.expanduser(check_path(data_dir, "data_dir"))))
 
 
 def check_name(name: object, parameter: str) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.integers import is_integer
 from ml_debugger.store import layout
 from ml_debugger.trace.header import TABLES
 
@@ -72,7 +71,7 @@ def check_integer(value: object, name: str, expected: str) -> int:
     Raises:
         InvalidTypeError: Another type.
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    if not is_integer(value):
         raise InvalidTypeError(f"{name} must be an int, got {type(value).__name__}", f"pass {expected}")
     return operator.index(value)
 

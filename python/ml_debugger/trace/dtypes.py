@@ -146,7 +146,7 @@ def common_written_dtype(names: Iterable[str], column: str) -> np.dtype[Any]:
         raise StorageError(
             f"column {column!r} was recorded in the dtypes {listed}, of which numpy's common type {common} "
             "rounds some values",
-            "read it by epoch or by dataset_type, or record it with TracerConfig.capture_dtype",
+            "read it by epoch or by dataset_type, and record it in one dtype",
         )
     return common
 

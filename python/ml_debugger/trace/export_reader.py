@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,7 +217,7 @@ class ExportRows:
 
     def __init__(self, source: ExportSource, table: str, keep: Mask, schemas: Sequence[ColumnSchema]) -> None:
         self._source: ExportSource | None = source
-        self._path = Path(os.path.abspath(source.archive.path))
+        self._path = source.archive.path
         self._manifest = source.archive.manifest
         self._table = table
         self._schemas = list(schemas)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ml_debugger.errors import CorruptDataError, InvalidTypeError, NotFoundError, StorageError
+from ml_debugger.errors import CorruptDataError, NotFoundError, StorageError
+from ml_debugger.path_argument import check_path
 from ml_debugger.trace.dtypes import Array
 
 MANIFEST_NAME = "manifest.json"
@@ -52,15 +53,13 @@ class ExportArchive:
     Raises:
         NotFoundError: No such file.
         InvalidTypeError: Not a path.
+        InvalidInputError: No name that a file could have.
         CorruptDataError: Not an export.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not isinstance(path, (str, os.PathLike)):
-            raise InvalidTypeError(
-                f"path must be a path, got {type(path).__name__}", "pass a str or a pathlib.Path"
-            )
-        self.path = Path(path)
+        # Absolute, since copies in other processes open it anew, wherever they run.
+        self.path = Path(os.path.abspath(check_path(path, "path", "an export")))
         self._arrays: dict[str, Array] = {}
         try:
             with self.path.open("rb") as file:
@@ -70,7 +69,7 @@ class ExportArchive:
             raise NotFoundError(f"no export at {self.path}", "check the path") from error
         except (zipfile.BadZipFile, UnicodeDecodeError, struct.error, NotImplementedError, EOFError) as error:
             raise self.damaged(f"it is no ZIP: {error}") from error
-        except ValueError as error:  # mmap of an empty file, a NUL in the path
+        except ValueError as error:  # mmap of an empty file
             raise self.damaged(str(error)) from error
         except StorageError:
             raise

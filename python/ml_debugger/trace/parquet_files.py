@@ -38,10 +38,10 @@ def write_parquet_files(
         StorageError: It cannot be written.
     """
     parquet = require("pyarrow.parquet", "arrow", "to_parquet")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InvalidInputError(f"{directory} exists and is not empty", "name a new directory")
     temporary = directory.with_name(f".{directory.name[:100]}-{secrets.token_hex(4)}")
     try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InvalidInputError(f"{directory} exists and is not empty", "name a new directory")
         temporary.mkdir(parents=True)
         for epoch, selection in selections:
             place = temporary / f"{_PARTITION_COLUMN}={epoch}"

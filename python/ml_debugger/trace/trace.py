@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_debugger.errors import InvalidInputError
 from ml_debugger.extras import require
+from ml_debugger.path_argument import check_path
 from ml_debugger.store import layout
 from ml_debugger.trace.arguments import (
     Ids,
@@ -329,7 +330,7 @@ class Trace:
         rows = check_integer(rows_a_file, "rows_a_file", "an int, at least 1")
         if rows < 1:
             raise InvalidInputError(f"rows_a_file must be at least 1, got {rows}", "pass a positive int")
-        place = Path(os.path.abspath(os.fspath(directory)))
+        place = Path(os.path.abspath(check_path(directory, "directory")))
 
         def write() -> list[Path]:
             schemas = self._select(table, None, None, False, None).schemas(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.integers import is_integer
 from ml_debugger.tracer.names import check_column_name
 from ml_debugger.tracer.outputs import (
     dtype_name,
@@ -23,9 +24,10 @@ from ml_debugger.tracer.outputs import (
 FIELD_TYPES = ("int", "float", "bool", "str", "bytes", "tensor")
 
 _KEYS = ("name", "type", "default", "dtype", "shape")
+_MAX_EXACT_FLOAT = 1 << 53  # every int up to it is a float
 _MIN_INT64, _MAX_INT64 = -(1 << 63), (1 << 63) - 1
 _NUMBERS = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
-_NUMPY_KINDS = {"int": "iu", "float": "fiu", "bool": "b", "str": "U", "bytes": ""}
+_NUMPY_KINDS = {"int": "iu", "float": "fiu", "bool": "b", "str": "UT", "bytes": ""}
 _SPEC_HINT = 'describe a field as {"name": "camera", "type": "str"}'
 
 Payload = bytes | torch.Tensor
@@ -95,6 +97,8 @@ class Field:
         """
         if self.type == "tensor":
             return self._parse_tensor(value, batch_size, rows)
+        if _is_other_sequence(value):
+            value = list(value)
         if isinstance(value, (list, tuple)):
             stacked = stack_tensors(value)
             value = value if stacked is None or stacked.ndim != 1 else stacked
@@ -102,7 +106,7 @@ class Field:
             value = plain_tensor(value, f"field {self.name!r}")
         if isinstance(value, (torch.Tensor, np.ndarray)):
             kind = self._check_array(value)
-            if kind not in "UO":
+            if kind not in "UOT":
                 return self._number_value(self._numbers(value), batch_size, rows)
             value = value.tolist()
         if not isinstance(value, (list, tuple)):
@@ -192,9 +196,11 @@ class Field:
             return FieldValue(msgpack.packb(scalars), None, None, broadcast)
         try:
             array = np.array(scalars, dtype_name(_NUMBERS[self.type]))
+            if self.type == "float" and np.abs(array).max(initial=0) > _MAX_EXACT_FLOAT:
+                _check_exact(scalars)
         except OverflowError:
             raise InvalidInputError(
-                f"field {self.name!r} holds an int too large for a float", "use a str field"
+                f"field {self.name!r} holds an int too large for a float", "use an int or a str field"
             ) from None
         return FieldValue(torch.from_numpy(array), array.dtype.name, array.shape, broadcast)
 
@@ -270,6 +276,20 @@ class Field:
         return plain_tensor(value, f"field {self.name!r}")
 
 
+def _check_exact(values: Sequence[Any]) -> None:
+    """Raise OverflowError for an int that a float would round."""
+    for value in values:
+        if is_integer(value) and int(float(value)) != int(value):
+            raise OverflowError
+
+
+def _is_other_sequence(value: Any) -> bool:
+    """Whether it is a sequence of values, of a type of its own."""
+    if isinstance(value, (int, float, str, bytes, list, tuple, torch.Tensor)):
+        return False
+    return isinstance(value, Sequence) and not isinstance(value, (bytearray, memoryview))
+
+
 def _joined(samples: list[torch.Tensor]) -> FieldValue:
     """One tensor where the samples agree in shape, else their elements in a row with a table of shapes."""
     shapes = {tuple(sample.shape) for sample in samples}
@@ -293,16 +313,13 @@ def _concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _int(value: Any) -> int | None:
-    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
-    return int(value) if is_int else None
+    return int(value) if is_integer(value) else None
 
 
 def _float(value: Any) -> float | int | None:
-    if isinstance(value, (bool, np.timedelta64)):
-        return None
-    if not isinstance(value, (int, float, np.integer, np.floating)):
-        return None
-    return value  # type: ignore[return-value]
+    if is_integer(value):
+        return int(value)
+    return float(value) if isinstance(value, (float, np.floating)) else None
 
 
 def _bool(value: Any) -> bool | None:

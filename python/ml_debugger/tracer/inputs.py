@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
+from ml_debugger.integers import is_integer
 from ml_debugger.tracer.outputs import plain_tensor, select_rows, stack_tensors, tensor_of_array
 
 Ids = list[str] | torch.Tensor
@@ -34,7 +35,7 @@ def parse_ids(input_ids: Any) -> Ids:
     Everything else is text.
 
     Args:
-        input_ids: List, tuple or range of str or int, numpy array of text or integers, or integer tensor; one
+        input_ids: Sequence of str or int, numpy array of text or integers, or integer tensor; one
             dimension. A list of 0-dim tensors that `stack_tensors` leaves alone waits for them.
 
     Raises:
@@ -44,9 +45,12 @@ def parse_ids(input_ids: Any) -> Ids:
     if isinstance(input_ids, (list, tuple, range)):
         return _listed_ids(input_ids)
     if isinstance(input_ids, torch.Tensor):
-        return _integer_ids(input_ids)
-    if not isinstance(input_ids, (str, bytes, bytearray, dict, set)) and hasattr(input_ids, "__array__"):
+        # Of an empty list torch makes floats.
+        return [] if tuple(input_ids.shape) == (0,) else _integer_ids(input_ids)
+    if hasattr(input_ids, "__array__"):
         return _ids_of_array(np.asarray(input_ids))
+    if isinstance(input_ids, Sequence) and not isinstance(input_ids, (str, bytes, bytearray, memoryview)):
+        return _listed_ids(list(input_ids))
     raise InvalidTypeError(f"input_ids must be a sequence of ids, got {type(input_ids).__name__}", _IDS_HINT)
 
 
@@ -101,12 +105,13 @@ def _integer_ids(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _ids_of_array(input_ids: np.ndarray[Any, Any]) -> Ids:
-    if input_ids.dtype.kind not in "iuUO":
+    if input_ids.dtype.kind not in "iuUOT" and input_ids.size:  # of an empty list numpy makes floats
         raise InvalidTypeError(
             f"input_ids must be text or integers, got an array of {input_ids.dtype}", _IDS_HINT
         )
     _check_dimension(input_ids)
-    return _listed_ids(input_ids.tolist()) if input_ids.dtype.kind in "UO" else tensor_of_array(input_ids)
+    is_integer_array = input_ids.dtype.kind in "iu"
+    return tensor_of_array(input_ids) if is_integer_array else _listed_ids(input_ids.tolist())
 
 
 def _check_dimension(input_ids: Any) -> None:
@@ -119,7 +124,7 @@ def _check_dimension(input_ids: Any) -> None:
 def _id_text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, (int, np.integer)):
+    if not is_integer(value):
         if isinstance(value, torch.Tensor) and value.ndim == 0:
             return id_texts(_integer_ids(value.reshape(1)))[0]
         raise InvalidTypeError(
@@ -171,14 +176,14 @@ def require_epoch(n_epoch: Any, *, parameter: str = "n_epoch") -> int:
         InvalidInputError: Negative, or wider than 64 bits.
     """
     if type(n_epoch) is not int:
-        if isinstance(n_epoch, bool) or not isinstance(n_epoch, (int, np.integer)):
+        if not is_integer(n_epoch):
             raise InvalidTypeError(
                 f"{parameter} must be an int, got {type(n_epoch).__name__} {n_epoch!r}", "pass an int >= 0"
             )
         n_epoch = int(n_epoch)
     if not 0 <= n_epoch <= _MAX_INT64:
         raise InvalidInputError(
-            f"{parameter} must be from 0 to 2**63 - 1, got {n_epoch}", "count epochs from 0"
+            f"{parameter} must be from 0 to 2**63 - 1, got {n_epoch}", f"count {parameter} from 0"
         )
     return int(n_epoch)
 
@@ -187,7 +192,11 @@ def select_epoch(n_epoch: Any) -> int | None:
     """Return the epoch that a reader, an export or an upload asks for: None = all, -1 = rows without one."""
     if n_epoch is None:
         return None
-    if not isinstance(n_epoch, bool) and isinstance(n_epoch, (int, np.integer)) and int(n_epoch) == -1:
+    if is_integer(n_epoch) and n_epoch < 0:
+        if n_epoch != -1:
+            raise InvalidInputError(
+                f"n_epoch must be at least -1, got {n_epoch}", "pass -1 for the rows without an epoch"
+            )
         return -1
     return require_epoch(n_epoch)
 

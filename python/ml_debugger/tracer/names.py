@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from ml_debugger.errors import InvalidInputError, InvalidTypeError
 
 RESERVED_NAMES = frozenset({"input_id", "dataset_type", "n_epoch", "logits", "label", "row_id"})
-CALL_PARAMETERS = frozenset({"self", "model_input", "model_output", "ground_truth", "input_ids"})
+CALL_PARAMETERS = frozenset({"self", "model_input", "model_output", "ground_truth", "input_ids", "kwargs"})
 
 _MAX_CHARACTERS = 100
 _DERIVED = re.compile(r"(?P<base>.+)\.(?:\d+|values|offsets|shapes)\Z", re.DOTALL)

@@ -56,8 +56,9 @@ class Recording:
         if not self._arguments:
             raise InvalidInputError("this recording() was entered before", _HINT)
         arguments, self._arguments = self._arguments, ()
-        self._call = self._tracer._begin("recording()", *arguments)
-        if self._call is not None:
+        call = self._tracer._begin("recording()", *arguments)
+        if call is not None and call.stored_rows:
+            self._call = call
             self._tracer._recorder.watch_model()
             self._prepare_search()
             self._state.recording = self

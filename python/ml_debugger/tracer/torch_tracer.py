@@ -167,6 +167,8 @@ class TorchTracer:
         call = self._begin("a call", ground_truth, input_ids, dataset_type, n_epoch, keywords)
         if call is None:
             return self._forward(model_input)
+        if not call.stored_rows:
+            return self._check_output(call, self._forward(model_input))
         if self._recorder.head_search is not None:
             return self._record_first(call, model_input)
         return self._record(call, model_input, None)
@@ -209,7 +211,13 @@ class TorchTracer:
             if has_labels:
                 call.labels = self._parse_labels(ground_truth, call.batch_size)
             call.own_values()
-        return call if call.stored_rows else None
+        return call
+
+    def _check_output(self, call: TracedCall, output: Any) -> Any:
+        """Judge the output of a call without rows to store, of which nothing else is looked at."""
+        if self._checks_early:
+            self._parse_output(output, call.batch_size)
+        return output
 
     def _record_first(self, call: TracedCall, model_input: Any) -> Any:
         """Record the call that shows which module is the head; other threads wait for it."""
@@ -384,7 +392,7 @@ class TorchTracer:
             NotFoundError: Nothing was captured under that name, or the call was left out or lost.
         """
         captured = {} if self._session is None else self._recorder.captured()
-        if layer_name not in captured:
+        if not isinstance(layer_name, str) or layer_name not in captured:
             listed = ", ".join(map(repr, captured)) or "nothing"
             raise NotFoundError(
                 f"the last call captured nothing for {layer_name!r}; it has {listed}",

@@ -47,7 +47,7 @@ class UploadClient:
 
     def __init__(self, api_endpoint: object, api_key: object) -> None:
         place = os.fspath(api_endpoint) if isinstance(api_endpoint, os.PathLike) else api_endpoint
-        self._endpoint = _text_or_environment(place, "api_endpoint")
+        self._endpoint = _anchored(_text_or_environment(place, "api_endpoint"))
         self._key = Secret(_text_or_environment(api_key, "api_key"))
         self._auto: UploaderProcess | None = None
 
@@ -121,6 +121,15 @@ class UploadClient:
             stall_timeout_s=config.stall_timeout_s,
             close_timeout_s=config.close_timeout_s,
         )
+
+
+def _anchored(endpoint: str | None) -> str | None:
+    """The endpoint, if there is one; a relative folder as seen from here, also after a ``chdir``."""
+    if endpoint is None or endpoint.isspace():
+        return None
+    from ml_debugger.uploading.endpoint import anchored
+
+    return anchored(endpoint)
 
 
 def _text_or_environment(value: object, name: str) -> str | None:

@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from ml_debugger.errors import UploadError
 
-__all__ = ["Endpoint", "parse_endpoint", "shown_endpoint"]
+__all__ = ["Endpoint", "anchored", "parse_endpoint", "shown_endpoint"]
 
 Kind = Literal["folder", "collector", "tus", "objects"]
 
@@ -82,6 +82,12 @@ def parse_endpoint(text: str | None, *, has_key: bool) -> Endpoint:
     if url.scheme in ("http", "https", "tus+http", "tus+https"):
         return _web(url, text, has_key)
     raise UploadError(f"no uploader handles the endpoint {shown_endpoint(text)!r}", f"name {_KNOWN}")
+
+
+def anchored(text: str) -> str:
+    """``text`` with the folder that it names made absolute; whatever else it is, as it is."""
+    is_folder = "://" not in text and not _BROKEN_URL.match(text)
+    return os.path.abspath(os.path.expanduser(text)) if is_folder else text
 
 
 def shown_endpoint(text: str) -> str:
