@@ -62,6 +62,7 @@ set(MLD_CORE_TESTS
     meta_write_test.cpp
     page_loan_test.cpp
     slot_copy_test.cpp
+    scarce_memory_test.cpp
     segment_reader_test.cpp
     fuzz_test.cpp
     store_test.cpp

@@ -10,16 +10,27 @@ namespace mld {
 
 void AttemptState::note_loss(const LossNote& note) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  // A writer that hangs takes none for hours, and the ring stands still.
+  if (!losses_.empty() && losses_.back().position == note.position &&
+      losses_.back().epoch == note.epoch && losses_.back().gap.append(note.gap))
+    return;
   losses_.push_back(note);
 }
 
-void AttemptState::take_losses(std::uint64_t position, std::vector<LossNote>* notes) {
+void AttemptState::take_losses(std::uint64_t position,
+                               const std::function<void(const LossNote&)>& take) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto split =
+  const auto end =
       std::stable_partition(losses_.begin(), losses_.end(),
                             [position](const LossNote& note) { return note.position <= position; });
-  notes->assign(losses_.begin(), split);
-  losses_.erase(losses_.begin(), split);
+  auto next = losses_.begin();
+  try {
+    for (; next != end; ++next) take(*next);
+  } catch (...) {
+    losses_.erase(losses_.begin(), next);
+    throw;
+  }
+  losses_.erase(losses_.begin(), end);
 }
 
 void AttemptState::fail(const StoreError* error) noexcept {

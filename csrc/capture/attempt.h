@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -76,8 +77,9 @@ class AttemptState {
   }
   // `error` is null where there was no memory for one.
   void fail(const StoreError* error) noexcept;
-  // Notes that lie before `position` of the ring, in order.
-  void take_losses(std::uint64_t position, std::vector<LossNote>* notes);
+  // Gives out the notes that lie before `position` of the ring, in order. One that `take` throws at
+  // stays, with those behind it.
+  void take_losses(std::uint64_t position, const std::function<void(const LossNote&)>& take);
 
  private:
   // constant after construction

@@ -21,7 +21,8 @@ void wait_for_copies(const std::vector<CapturePiece>& pieces, const DeviceStager
   for (const CapturePiece& piece : pieces) {
     while (piece.device >= 0 && !stager.has_arrived(piece.device, piece.copy_sequence)) {
       if (stager.is_lost(piece.device) && !stager.has_arrived(piece.device, piece.copy_sequence)) {
-        throw Error(ErrorKind::kNotFound, "the capture was lost with its CUDA device");
+        throw Error(ErrorKind::kNotFound, "the capture was lost with its CUDA device",
+                    "look at the device's own error");
       }
       if (Clock::now() >= deadline) {
         throw Error(ErrorKind::kTraceStall, "a capture has not arrived from its CUDA device",
@@ -61,7 +62,8 @@ std::string read_capture(Runtime& runtime, const AttemptState& attempt, const Th
       },
       patience, "reading back a capture", hooks);
   if (!result->found)
-    throw Error(ErrorKind::kNotFound, "the last call's rows are gone: they were dropped or lost");
+    throw Error(ErrorKind::kNotFound, "the last call's rows are gone: they were dropped or lost",
+                "ask before the drop, or look at stats() for lost rows");
   return std::move(result->bytes);
 }
 

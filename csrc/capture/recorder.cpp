@@ -203,9 +203,10 @@ void Recorder::copy_pieces(ThreadCall& call, std::uint64_t bytes, const std::byt
 void Recorder::add_capture(ThreadCall& call, std::uint32_t column, const char* dtype,
                            const std::int64_t* dims, std::uint32_t ndim, std::uint64_t bytes,
                            int device) {
-  call.captures.push_back({column, dtype, static_cast<std::uint32_t>(call.dims.size()), ndim,
+  const auto first_dim = static_cast<std::uint32_t>(call.dims.size());
+  call.dims.insert(call.dims.end(), dims, dims + ndim);  // before what points there
+  call.captures.push_back({column, dtype, first_dim, ndim,
                            static_cast<std::uint32_t>(call.pieces.size()), 0, bytes, device});
-  call.dims.insert(call.dims.end(), dims, dims + ndim);
   call.bytes += bytes;  // counted for lost calls too
 }
 
@@ -317,7 +318,8 @@ std::string Recorder::read_back(std::uint32_t capture, WaitHooks& hooks) {
   const ThreadCall* call = last_call();
   if (is_inert() || call == nullptr || !call->can_be_read_back() ||
       capture >= call->captures.size()) {
-    throw Error(ErrorKind::kNotFound, "nothing was captured in this thread's last call");
+    throw Error(ErrorKind::kNotFound, "nothing was captured in this thread's last call",
+                "ask in the thread of the call, after a call that was recorded");
   }
   return read_capture(*runtime(), *attempt_, *call, capture, hooks);
 }

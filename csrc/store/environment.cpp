@@ -124,12 +124,12 @@ std::shared_ptr<Environment> Environment::open(const std::string& directory, Acc
     try {
       environment->open_handle(directory, access, sync, map_bytes);
       environment->id_ = file_id(data_path);
+      if (!lock.owns_lock()) lock.lock();
+      registry.environments[environment->id_] = environment;
     } catch (...) {
       if (lock.owns_lock()) lock.unlock();
       throw;
     }
-    if (!lock.owns_lock()) lock.lock();
-    registry.environments[environment->id_] = environment;
     return environment;
   }
 }

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <limits>
+#include <memory>
 
 #include "errors.h"
 
@@ -127,16 +128,15 @@ void remove_tree(const std::string& path) {
 
 std::vector<std::string> list_directory(const std::string& path) {
   std::vector<std::string> names;
-  DIR* directory = opendir(path.c_str());
+  const std::unique_ptr<DIR, int (*)(DIR*)> directory(opendir(path.c_str()), &closedir);
   if (directory == nullptr) {
     if (errno == ENOENT || errno == ENOTDIR) return names;
     throw_store_error(errno, "cannot list", path);
   }
-  while (const dirent* entry = readdir(directory)) {
+  while (const dirent* entry = readdir(directory.get())) {
     const std::string name = entry->d_name;
     if (name != "." && name != "..") names.push_back(name);
   }
-  closedir(directory);
   std::sort(names.begin(), names.end());
   return names;
 }

@@ -25,14 +25,7 @@ bool is_permanent(int code) {
 
 void Partition::add_gap(const Gap& gap) {
   // Losses come in runs: a run is one gap, so an overrun of hours is one record.
-  if (!gaps_.empty() && gaps_.back().cause == gap.cause &&
-      gaps_.back().last_call + 1 == gap.first_call) {
-    gaps_.back().last_call = gap.last_call;
-    gaps_.back().rows += gap.rows;
-    gaps_.back().bytes += gap.bytes;
-    return;
-  }
-  gaps_.push_back(gap);
+  if (gaps_.empty() || !gaps_.back().append(gap)) gaps_.push_back(gap);
 }
 
 std::optional<std::uint64_t> Partition::oldest_position() const noexcept {

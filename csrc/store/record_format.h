@@ -70,6 +70,16 @@ struct Gap {
   std::uint64_t first_call, last_call;
   std::uint64_t rows, bytes;
   const char* cause;  // the name of a LossCause, or the next
+
+  // Takes `next` in if it is of the same kind and follows.
+  bool append(const Gap& next) noexcept {
+    if (cause != next.cause || last_call + 1 != next.first_call || (rows == 0) != (next.rows == 0))
+      return false;
+    last_call = next.last_call;
+    rows += next.rows;
+    bytes += next.bytes;
+    return true;
+  }
 };
 // Rows whose device failed on the way. Discarded rows are counted by cause, these as failed.
 inline constexpr const char* kDeviceErrorCause = "device_error";

@@ -121,7 +121,12 @@ LockFile::LockFile(const std::string& path, std::string_view owner)
     throw Error(ErrorKind::kTraceInUse, "another process is recording this trace: it holds " + path,
                 "end that process, or record under another version_name");
   }
-  guard_lock_descriptor(descriptor_);
+  try {
+    guard_lock_descriptor(descriptor_);
+  } catch (...) {
+    close(descriptor_);
+    throw;
+  }
   // On a full disk it tells nothing, which others take for an owner who does not say.
   if (ftruncate(descriptor_, 0) == 0) {
     const ssize_t written = pwrite(descriptor_, owner.data(), owner.size(), 0);

@@ -23,6 +23,9 @@ constexpr auto kWaitSlice = std::chrono::milliseconds(50);
 constexpr std::chrono::nanoseconds kLongestSleep = std::chrono::seconds(60);
 constexpr auto kCopyPoll = std::chrono::milliseconds(1);
 constexpr auto kCopyPatience = std::chrono::seconds(10);
+constexpr auto kMemoryPause = std::chrono::milliseconds(100);
+constexpr auto kMemoryPatience = std::chrono::seconds(60);
+constexpr std::chrono::nanoseconds kShortestSleep = std::chrono::milliseconds(1);
 constexpr auto kStatusInterval = std::chrono::milliseconds(200);
 
 // A call of several columns should be able to fill the ring while earlier pieces are written: 1/8
@@ -122,9 +125,10 @@ void Runtime::attach(const std::shared_ptr<AttemptState>& attempt) {
   const std::uint64_t wake_bytes = std::min<std::uint64_t>(group, arena_.bytes() / 2);
   wake_granules_.store(std::max<std::uint64_t>(wake_bytes / Ring::kGranuleBytes, 1),
                        std::memory_order_relaxed);
-  interval_ns_.store(std::min<std::int64_t>(interval_ns_.load(std::memory_order_relaxed),
-                                            options.commit_interval.count()),
-                     std::memory_order_relaxed);
+  interval_ns_.store(
+      std::min<std::int64_t>(interval_ns_.load(std::memory_order_relaxed),
+                             std::max(options.commit_interval, kShortestSleep).count()),
+      std::memory_order_relaxed);
   WaitHooks no_hooks;
   run_on_writer([attempt](Writer& writer) { writer.attach(attempt); }, options.stall_timeout,
                 "opening an attempt", no_hooks);
@@ -182,12 +186,28 @@ void Runtime::thread_main() {
     sleep_until_due();
     try {
       work();
+      starved_since_.reset();
+    } catch (const std::bad_alloc&) {
+      wait_for_memory();
     } catch (const std::exception& error) {
-      writer_.give_up(
-          error.what());  // beyond what a partition handles; training must not die of it
-      announce_progress();
+      give_up(error.what());
     }
   }
+  run_tasks();  // of a recorder that was the last one, and was not closed
+}
+
+// Nothing was lost by it: what needed memory is done again.
+void Runtime::wait_for_memory() {
+  const auto now = Clock::now();
+  if (!starved_since_) starved_since_ = now;
+  retry_at_ = now + kMemoryPause;
+  if (now - *starved_since_ >= kMemoryPatience) give_up("out of memory");
+}
+
+// Beyond what a partition handles; training must not die of it.
+void Runtime::give_up(const char* why) {
+  writer_.give_up(why);
+  announce_progress();
 }
 
 void Runtime::sleep_until_due() {

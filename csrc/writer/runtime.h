@@ -98,6 +98,8 @@ class Runtime {
   void work();
   void keep_house();
   void run_tasks();
+  void wait_for_memory();
+  void give_up(const char* why);
   void announce_progress();
 
   Arena arena_;
@@ -122,6 +124,7 @@ class Runtime {
   // thread only
   Writer writer_;
   std::optional<Clock::time_point> retry_at_;
+  std::optional<Clock::time_point> starved_since_;
   Clock::time_point status_written_{};
   // What was published before it is waited for by somebody in another process.
   std::uint64_t requested_position_ = 0;

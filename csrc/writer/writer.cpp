@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <string>
 #include <thread>
@@ -84,6 +85,8 @@ void Writer::detach(std::uint32_t attempt_id) {
     }
     partition->close_environment();
   }
+  // A close() that was interrupted comes again, and what others publish meanwhile is not ours.
+  track.attempt->set_settled(std::numeric_limits<std::uint64_t>::max());
   write_status(store, attempts_of_store > 1);
   tracks_.erase(found);
   if (first_error) throw StoreError(*first_error);
@@ -161,26 +164,26 @@ bool Writer::is_of_lost_call(Track& track, const RecordHeader& header, CopyState
   if (copy == CopyState::kLost) track.lost_calls.insert(header.call);
   if (track.lost_calls.empty() || track.lost_calls.count(header.call) == 0) return false;
   if (header.kind == RecordKind::kCall) {
-    track.lost_calls.erase(header.call);
-    track.attempt->ledger().fail(header.rows, header.call_bytes);
+    // Counted last: without memory for the rest the record is taken again.
     Partition& partition = partition_of(track, header.epoch);
     partition.forget_call(header.call);
     partition.add_gap(
         {header.call, header.call, header.rows, header.call_bytes, kDeviceErrorCause});
+    track.lost_calls.erase(header.call);
+    track.attempt->ledger().fail(header.rows, header.call_bytes);
   }
   return true;
 }
 
 void Writer::collect_losses() {
-  for (auto& [id, track] : tracks_) {
-    loss_scratch_.clear();
-    track.attempt->take_losses(ring_.read_position(), &loss_scratch_);
-    for (const LossNote& note : loss_scratch_) {
+  for (auto& [id, each] : tracks_) {
+    Track& track = each;
+    track.attempt->take_losses(ring_.read_position(), [&](const LossNote& note) {
       Partition& partition = partition_of(track, note.epoch);
       for (std::uint64_t call = note.gap.first_call; call <= note.gap.last_call; ++call)
         partition.forget_call(call), track.lost_calls.erase(call);
       if (note.gap.rows != 0 && !track.attempt->is_failed()) partition.add_gap(note.gap);
-    }
+    });
   }
 }
 
@@ -312,35 +315,47 @@ std::optional<Clock::time_point> Writer::next_retry() const {
 
 DroppedRows Writer::drop_epoch(StoreState& store, std::int64_t epoch,
                                std::optional<std::uint32_t> attempt) {
-  drain_all();
-  for_each_of(store, [&](Track& track) {
-    const auto found = track.partitions.find(epoch);
-    if (found == track.partitions.end()) return;
-    if (attempt && track.attempt->options().attempt != *attempt) return;
-    drop_partition(track, found);
-  });
-  release_committed();
-  return store.drop_epoch(epoch, attempt);
-}
-
-Writer::Partitions::iterator Writer::drop_partition(Track& track, Partitions::iterator it) {
-  Partition& partition = *it->second;
-  const Tally tally = partition.drop();
-  if (tally.rows != 0) track.attempt->ledger().drop(tally.rows, tally.bytes);
-  if (!partition.is_blank())
-    return std::next(it);  // calls that are open now lost chunks: it must remember them
-  open_.erase(std::remove(open_.begin(), open_.end(), &partition), open_.end());
-  return track.partitions.erase(it);
+  const auto is_meant = [&](const Track& track, std::int64_t of_partition) {
+    return of_partition == epoch && (!attempt || track.attempt->options().attempt == *attempt);
+  };
+  drop_partitions(store, is_meant);
+  const DroppedRows dropped = store.drop_epoch(epoch, attempt);
+  forget_blank_partitions(store, is_meant);
+  return dropped;
 }
 
 void Writer::drop_all_epochs(StoreState& store) {
+  const auto is_meant = [](const Track&, std::int64_t) { return true; };
+  drop_partitions(store, is_meant);
+  store.drop_all();
+  forget_blank_partitions(store, is_meant);
+}
+
+template <class IsMeant>
+void Writer::drop_partitions(const StoreState& store, IsMeant is_meant) {
   drain_all();
   for_each_of(store, [&](Track& track) {
-    for (auto it = track.partitions.begin(); it != track.partitions.end();)
-      it = drop_partition(track, it);
+    for (const auto& [epoch, partition] : track.partitions) {
+      if (!is_meant(track, epoch)) continue;
+      const Tally tally = partition->drop();
+      if (tally.rows != 0) track.attempt->ledger().drop(tally.rows, tally.bytes);
+    }
   });
   release_committed();
-  store.drop_all();
+}
+
+// After their files are gone: a partition that could not be deleted goes on with its next segment.
+// So does one of which calls are open now, since it must remember that these lost chunks.
+template <class IsMeant>
+void Writer::forget_blank_partitions(const StoreState& store, IsMeant is_meant) {
+  for_each_of(store, [&](Track& track) {
+    for (auto it = track.partitions.begin(); it != track.partitions.end();) {
+      const auto here = it++;
+      if (!is_meant(track, here->first) || !here->second->is_blank()) continue;
+      open_.erase(std::remove(open_.begin(), open_.end(), here->second.get()), open_.end());
+      track.partitions.erase(here);
+    }
+  });
 }
 
 bool Writer::read_piece(std::uint32_t attempt_id, std::int64_t epoch, std::uint64_t call,
@@ -380,9 +395,12 @@ bool Writer::write_status(const StoreState& store, bool recording) noexcept try 
   const std::string path = store.directory() + "/" + kStatusFile;
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
   if (file < 0) return false;
-  const ssize_t written = pwrite(file, text.data(), text.size(), 0);
+  // An earlier one may have been longer.
+  const bool is_written =
+      pwrite(file, text.data(), text.size(), 0) == static_cast<ssize_t>(text.size()) &&
+      ftruncate(file, static_cast<off_t>(text.size())) == 0;
   close(file);
-  return written == static_cast<ssize_t>(text.size());
+  return is_written;
 } catch (const std::bad_alloc&) {
   return false;
 }
@@ -394,14 +412,12 @@ bool Writer::answer_requests() noexcept {
       const StoreState& store = track.attempt->store();
       const std::string request = store.directory() + "/" + kFlushRequestFile;
       const std::string taken = store.directory() + "/" + kTakenRequestFile;
-      // A request that comes from here on is another one.
-      if (rename(request.c_str(), taken.c_str()) != 0) continue;
-      if (write_status(store, true)) {
-        unlink(taken.c_str());
-        answered = true;
-      } else {
-        rename(taken.c_str(), request.c_str());  // it waits for the next look
-      }
+      // A request that comes from here on is another one; one that was taken, and whose status
+      // could not be written, is still there.
+      if (rename(request.c_str(), taken.c_str()) != 0 && access(taken.c_str(), F_OK) != 0) continue;
+      if (!write_status(store, true)) continue;
+      unlink(taken.c_str());
+      answered = true;
     }
   } catch (const std::bad_alloc&) {
     // As above: it was not taken.

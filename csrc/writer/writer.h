@@ -87,7 +87,10 @@ class Writer {
   void fail_track(Track& track, const StoreError* error) noexcept;
   void release_committed();
   Partition& partition_of(Track& track, std::int64_t epoch);
-  Partitions::iterator drop_partition(Track& track, Partitions::iterator it);
+  template <class IsMeant>
+  void drop_partitions(const StoreState& store, IsMeant is_meant);
+  template <class IsMeant>
+  void forget_blank_partitions(const StoreState& store, IsMeant is_meant);
   void make_room_for(Partition& partition);
   template <class Visit>
   void for_each_of(const StoreState& store, Visit visit);
@@ -97,7 +100,6 @@ class Writer {
   bool waits_for_copy_ = false;
   std::map<std::uint32_t, Track> tracks_;  // by attempt id
   std::vector<Partition*> open_;           // with open environments, least recently used first
-  std::vector<LossNote> loss_scratch_;
   Clock::time_point last_sync_ = Clock::now();
   Clock::time_point last_seal_ = Clock::now();
 };

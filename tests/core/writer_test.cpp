@@ -2,11 +2,14 @@
 // one at a time.
 #include "writer/writer.h"
 
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "store/files.h"
@@ -346,12 +349,69 @@ TEST(writer_keeps_a_request_whose_status_it_cannot_write) {
   mld::replace_file(directory / "flush.request", "");
   CHECK(!writer.answer_requests());
   writer.write_changed_status();
-  CHECK(mld::path_exists(directory / "flush.request"));
-  CHECK(!mld::path_exists(directory / "flush.taken"));
+  CHECK(!mld::path_exists(directory / "flush.request"));
+  CHECK(mld::path_exists(directory / "flush.taken"));  // who asked sees it, and waits
   CHECK_EQ(rmdir(status.c_str()), 0);
   writer.write_changed_status();  // the one that failed is not taken for told
   CHECK(support::read_file(status).find("\"rows_submitted\": 2, ") != std::string::npos);
   CHECK(writer.answer_requests());
-  CHECK(!mld::path_exists(directory / "flush.request"));
+  CHECK(!mld::path_exists(directory / "flush.taken"));
+  CHECK(!writer.answer_requests());
   writer.detach(attempt.state->id());
+}
+
+TEST(writer_cuts_a_status_that_has_become_shorter) {
+  const TempDir directory;
+  Bench bench;
+  mld::Writer writer(bench.ring());
+  std::vector<std::unique_ptr<Attempt>> attempts;
+  for (int number = 0; number < 20; ++number)
+    attempts.push_back(std::make_unique<Attempt>(writer, bench, directory.path()));
+  attempts[0]->call(0, 0, 100);
+  writer.write_changed_status();
+  const std::string status = directory / "status.json";
+  CHECK_EQ(support::read_file(status).size(), 8192);
+  for (int number = 1; number < 20; ++number) writer.detach(attempts[number]->state->id());
+  CHECK_EQ(support::read_file(status).size(), 4096);
+  writer.detach(attempts[0]->state->id());
+}
+
+TEST(epoch_whose_drop_fails_goes_on_in_its_next_segment) {
+  const TempDir directory;
+  Bench bench;
+  mld::Writer writer(bench.ring());
+  Attempt attempt(writer, bench, directory.path());
+  attempt.call(3, 0, 5000);
+  writer.drain_all();
+  rlimit before{};
+  getrlimit(RLIMIT_NOFILE, &before);
+  const rlimit none{3, before.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &none);
+  int code = 0;
+  try {
+    writer.drop_epoch(*attempt.state->shared_store(), 3, std::nullopt);
+  } catch (const mld::StoreError& error) {
+    code = error.code();
+  }
+  setrlimit(RLIMIT_NOFILE, &before);
+  CHECK_EQ(code, EMFILE);
+  attempt.call(3, 1, 5000);
+  writer.drain_all();
+  writer.detach(attempt.state->id());
+  const auto stored = support::read_partition(directory / "epoch-3");
+  CHECK_EQ(stored.calls.size(), 2);
+  CHECK_EQ(stored.segments, 2);
+  CHECK_EQ(stored.meta_calls, 2);
+}
+
+TEST(attempt_that_is_detached_waits_for_nobody_elses_records) {
+  const TempDir directory, other;
+  Bench bench;
+  mld::Writer writer(bench.ring());
+  Attempt attempt(writer, bench, directory.path());
+  Attempt busy(writer, bench, other.path());
+  writer.detach(attempt.state->id());
+  busy.call(0, 0, 5000);  // behind it a close() that was interrupted comes again
+  CHECK(attempt.state->settled() >= bench.ring().head());
+  writer.detach(busy.state->id());
 }
