@@ -196,7 +196,7 @@ class Field:
             return FieldValue(msgpack.packb(scalars), None, None, broadcast)
         try:
             array = np.array(scalars, dtype_name(_NUMBERS[self.type]))
-            if self.type == "float" and np.abs(array).max(initial=0) > _MAX_EXACT_FLOAT:
+            if self.type == "float" and (np.abs(array) >= _MAX_EXACT_FLOAT).any():
                 _check_exact(scalars)
         except OverflowError:
             raise InvalidInputError(
