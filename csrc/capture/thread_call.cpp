@@ -14,9 +14,8 @@ struct ThreadEntry {
   std::unique_ptr<ThreadCall> call;
 };
 
-// What a broken call's capture threw may be a Python exception, and when a thread ends there may be
-// no interpreter any more that could let go of it: the main thread's entries outlive it. Leaked
-// then.
+// What broke a call may be a Python exception, and the main thread's entries outlive the
+// interpreter: what is left of them when a thread ends is leaked.
 struct ThreadEntries : std::vector<ThreadEntry> {
   ~ThreadEntries() {
     for (const ThreadEntry& entry : *this) leak(std::move(entry.call->trouble));
