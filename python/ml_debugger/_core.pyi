@@ -70,7 +70,7 @@ class Store:
 class Recorder:
     """One attempt: where the hooks of one tracer put what they see. Every thread has its own current call.
 
-    What may wait does so without the GIL. A thread for which an ending interpreter has no GIL any more sleeps.
+    What waits does so without the GIL. A thread for which an ending interpreter has no GIL any more sleeps.
     """
 
     @property

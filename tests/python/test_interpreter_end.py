@@ -28,9 +28,9 @@ recorder = store.recorder(
 END_SLOWLY = """
 import time
 class Slow:
-    def __del__(self):
-        end = time.monotonic() + 0.05
-        while time.monotonic() < end:
+    def __del__(self, now=time.monotonic):  # an argument, since modules may be empty by then
+        end = now() + 0.05
+        while now() < end:
             pass
 slow = Slow()
 """
@@ -85,6 +85,23 @@ for _ in range(3):
 time.sleep(0.05)
 """
     last_words_of(program + END_SLOWLY, str(tmp_path / "missing"))
+
+
+def test_a_thread_that_waits_for_room_in_the_ring_at_the_end_does_not_abort_the_process(
+    tmp_path: Path,
+) -> None:
+    program = """
+import threading, time
+data = bytes(3_000_000)
+def work():
+    while True:
+        recorder.begin_call(0, 1)
+        recorder.capture_buffer(0, data)
+        recorder.end_call(b"\\xc0", 1, 0)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.1)
+"""
+    last_words_of(RECORDER + program + END_SLOWLY, str(tmp_path))
 
 
 @pytest.mark.parametrize("wait", ["flush", "close"])
