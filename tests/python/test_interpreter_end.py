@@ -87,23 +87,6 @@ time.sleep(0.05)
     last_words_of(program + END_SLOWLY, str(tmp_path / "missing"))
 
 
-def test_a_thread_that_waits_for_room_in_the_ring_at_the_end_does_not_abort_the_process(
-    tmp_path: Path,
-) -> None:
-    program = """
-import threading, time
-data = bytes(3_000_000)
-def work():
-    while True:
-        recorder.begin_call(0, 1)
-        recorder.capture_buffer(0, data)
-        recorder.end_call(b"\\xc0", 1, 0)
-threading.Thread(target=work, daemon=True).start()
-time.sleep(0.1)
-"""
-    last_words_of(RECORDER + program + END_SLOWLY, str(tmp_path))
-
-
 @pytest.mark.parametrize("wait", ["flush", "close"])
 def test_a_recorder_can_be_waited_for_by_what_the_end_of_the_interpreter_deletes(
     tmp_path: Path, wait: str
