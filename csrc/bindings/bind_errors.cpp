@@ -38,13 +38,19 @@ const char* class_name(ErrorKind kind) {
 
 }  // namespace
 
-void park_if_finalizing() {
-#if PY_VERSION_HEX >= 0x030D0000
-  const bool finalizing = Py_IsFinalizing() != 0;
-#else
-  const bool finalizing = _Py_IsFinalizing() != 0;
-#endif
-  while (finalizing) pause();
+// Before Python 3.14 such a thread is ended by unwinding, in PyEval_RestoreThread() itself, since
+// the interpreter may begin to finalize while the thread waits there. Our frames could not be left
+// so: their objects need the GIL, and a destructor must not throw. The thread that finalizes gets
+// the GIL as ever. A cleanup, not a handler: within another one a handler could not catch it.
+void take_gil(PyThreadState* state) {
+  struct Sleep {
+    bool has_gil = false;
+    ~Sleep() {
+      while (!has_gil) pause();
+    }
+  } otherwise;
+  PyEval_RestoreThread(state);
+  otherwise.has_gil = true;
 }
 
 void set_python_error(const Error& error) {
@@ -55,6 +61,8 @@ void set_python_error(const Error& error) {
     PyErr_SetObject(type.ptr(), exception.ptr());
   } catch (py::error_already_set& failure) {
     failure.restore();  // the package cannot be imported any more: say that, rather than nothing
+  } catch (const std::exception&) {
+    PyErr_NoMemory();  // how pybind11 says that an object could not be made
   }
 }
 

@@ -73,20 +73,23 @@ bool end_call(Recorder& recorder, const py::bytes& description, std::uint32_t ro
 }
 
 py::bytearray read_back(Recorder& recorder, std::uint32_t capture_number) {
-  GilWaitHooks hooks;
-  const std::string bytes = recorder.read_back(capture_number, hooks);
+  std::string bytes;
+  {
+    Unlocked unlocked;
+    bytes = recorder.read_back(capture_number, unlocked);
+  }
   return py::bytearray(bytes.data(), bytes.size());
 }
 
 void flush(Recorder& recorder, std::optional<double> timeout_s) {
   if (recorder.is_inert()) return;
-  GilWaitHooks hooks;
-  recorder.flush(timeout_s ? std::optional(to_duration(*timeout_s)) : std::nullopt, hooks);
+  Unlocked unlocked;
+  recorder.flush(timeout_s ? std::optional(to_duration(*timeout_s)) : std::nullopt, unlocked);
 }
 
 bool close(Recorder& recorder, double timeout_s) {
-  GilWaitHooks hooks;
-  return recorder.close(to_duration(timeout_s), hooks);
+  Unlocked unlocked;  // to its end: the last close of the process joins the writer thread
+  return recorder.close(to_duration(timeout_s), unlocked);
 }
 
 py::dict counters(const Recorder& recorder) {
@@ -154,6 +157,16 @@ py::dict device_report() {
   return result;
 }
 
+// The same recorder, let go of without the GIL: the last one of the process joins the writer
+// thread, which may have to wait for its disk.
+std::shared_ptr<Recorder> unlocked_at_end(std::shared_ptr<Recorder> recorder) {
+  Recorder* const target = recorder.get();
+  return {target, [owner = std::move(recorder)](Recorder*) mutable {
+            const Unlocked unlocked;
+            owner.reset();
+          }};
+}
+
 }  // namespace
 
 void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column, py::handle tensor) {
@@ -167,15 +180,30 @@ void capture_tensor(Recorder& recorder, ThreadCall& call, std::uint32_t column, 
 }
 
 py::object to_python(std::shared_ptr<Recorder> recorder) {
-  const py::type type = py::type::of<Recorder>();
-  PyObject* object = py::detail::make_new_instance(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  const py::type class_of_it = py::type::of<Recorder>();
+  auto* type = reinterpret_cast<PyTypeObject*>(class_of_it.ptr());
+  // As pybind11's make_new_instance(), which takes it for granted that there is memory.
+  PyObject* object = type->tp_alloc(type, 0);
+  if (object == nullptr) throw py::error_already_set();
+  auto* instance = reinterpret_cast<py::detail::instance*>(object);
+  instance->allocate_layout();
   auto result = py::reinterpret_steal<py::object>(object);
-  adopt(reinterpret_cast<py::detail::instance*>(object), std::move(recorder));
+  std::shared_ptr<Recorder> held = unlocked_at_end(std::move(recorder));
+  adopt(instance, held);
+  // pybind11 has entered what shared_from_this() gives instead.
+  instance->get_value_and_holder().holder<std::shared_ptr<Recorder>>() = std::move(held);
   return result;
 }
 
 std::shared_ptr<Recorder> recorder_of(py::handle object) {
-  return object.cast<std::shared_ptr<Recorder>>();
+  try {
+    // None casts to a null pointer.
+    if (auto recorder = object.cast<std::shared_ptr<Recorder>>()) return recorder;
+  } catch (const py::cast_error&) {
+    // Told below.
+  }
+  throw py::type_error(std::string("expected a _core.Recorder, got ") +
+                       Py_TYPE(object.ptr())->tp_name);
 }
 
 std::chrono::nanoseconds to_duration(double seconds) {

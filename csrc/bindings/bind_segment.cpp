@@ -39,17 +39,18 @@ class BufferView {
 class SegmentHandle {
  public:
   SegmentHandle(const std::string& path, bool sealed) {
-    const py::gil_scoped_release unlocked;
-    reader_ = std::make_unique<SegmentReader>(path, sealed);
+    const Unlocked unlocked;
+    reader_ = std::make_shared<const SegmentReader>(path, sealed);
   }
 
-  [[nodiscard]] py::bytes meta() const { return reader().meta(); }
+  [[nodiscard]] py::bytes meta() const { return reader()->meta(); }
 
   [[nodiscard]] py::list headers(std::optional<std::uint64_t> after, std::size_t limit) const {
     std::vector<std::pair<std::uint64_t, std::string>> found;
     {
-      const py::gil_scoped_release unlocked;
-      found = reader().headers(after, limit);
+      const auto reader = this->reader();
+      const Unlocked unlocked;
+      found = reader->headers(after, limit);
     }
     py::list result(found.size());
     for (std::size_t i = 0; i < found.size(); ++i) {
@@ -73,8 +74,9 @@ class SegmentHandle {
       }
       requests.push_back({key, offset, bytes, crc});
     }
-    const py::gil_scoped_release unlocked;
-    reader().read(requests, view.data());
+    const auto reader = this->reader();
+    const Unlocked unlocked;
+    reader->read(requests, view.data());
   }
 
   [[nodiscard]] py::dict scan(std::optional<std::uint64_t> after, std::size_t limit,
@@ -82,8 +84,9 @@ class SegmentHandle {
                               std::uint32_t sequence) const {
     HeaderScan found;
     {
-      const py::gil_scoped_release unlocked;
-      found = reader().scan(after, limit, SegmentIdentity{rank, attempt, sequence, epoch});
+      const auto reader = this->reader();
+      const Unlocked unlocked;
+      found = reader->scan(after, limit, SegmentIdentity{rank, attempt, sequence, epoch});
     }
     const auto bytes_of = [](const std::vector<std::int64_t>& numbers) {
       return py::bytes(reinterpret_cast<const char*>(numbers.data()),
@@ -119,24 +122,26 @@ class SegmentHandle {
       const BufferView& view = views.emplace_back(out, PyBUF_WRITABLE);
       places.push_back({capture, view.data(), view.bytes()});
     }
-    const py::gil_scoped_release unlocked;
-    reader().gather(calls, std::move(places));
+    const auto reader = this->reader();
+    const Unlocked unlocked;
+    reader->gather(calls, std::move(places));
   }
 
   void close() { reader_.reset(); }
 
  private:
-  [[nodiscard]] const SegmentReader& reader() const {
+  // REQUIRES: the GIL. A share: another thread may close() while the caller works without the GIL.
+  [[nodiscard]] std::shared_ptr<const SegmentReader> reader() const {
     if (reader_ == nullptr) throw Error(ErrorKind::kInvalidInput, "the segment is closed");
-    return *reader_;
+    return reader_;
   }
 
-  std::unique_ptr<SegmentReader> reader_;
+  std::shared_ptr<const SegmentReader> reader_;
 };
 
 std::uint32_t crc32c_of(const py::buffer& data, std::uint32_t crc) {
   const BufferView view(data, PyBUF_SIMPLE);
-  const py::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return crc32c(view.data(), view.bytes(), crc);
 }
 

@@ -24,7 +24,7 @@ class StoreHandle {
     StoreOptions options{rank,      durability == "process" ? Sync::kOnRequest : Sync::kEveryCommit,
                          max_bytes, segment_bytes,
                          owner,     staging};
-    const py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     use_ = StoreUse(directory, options);
   }
 
@@ -54,10 +54,11 @@ class StoreHandle {
     if (device_ring_bytes) options.device.ring_bytes = *device_ring_bytes;
     require_open();
     look_up_torch();
+    const auto share = own_share();
     std::shared_ptr<Recorder> opened;
     {
-      const py::gil_scoped_release unlocked;
-      opened = Recorder::open(use_, options);
+      const Unlocked unlocked;
+      opened = Recorder::open(*share, options);
     }
     return to_python(std::move(opened));
   }
@@ -65,16 +66,20 @@ class StoreHandle {
   std::pair<std::uint64_t, std::uint64_t> drop_epoch(std::int64_t epoch,
                                                      std::optional<std::uint32_t> attempt,
                                                      double timeout_s) {
-    auto dropped = std::make_shared<DroppedRows>();
-    run([state = use_.state(), dropped, epoch,
-         attempt](Writer& writer) { *dropped = writer.drop_epoch(*state, epoch, attempt); },
-        [&] { *dropped = state().drop_epoch(epoch, attempt); }, timeout_s, "drop_epoch_data");
+    const auto dropped = std::make_shared<DroppedRows>();
+    const auto drop = [dropped, epoch, attempt](StoreState& store, Writer* writer) {
+      *dropped = writer != nullptr ? writer->drop_epoch(store, epoch, attempt)
+                                   : store.drop_epoch(epoch, attempt);
+    };
+    run(drop, timeout_s, "drop_epoch_data");
     return {dropped->rows, dropped->ground_truth_rows};
   }
 
   void drop_all(double timeout_s) {
-    run([state = use_.state()](Writer& writer) { writer.drop_all_epochs(*state); },
-        [&] { state().drop_all(); }, timeout_s, "drop_version_data");
+    const auto drop = [](StoreState& store, Writer* writer) {
+      writer != nullptr ? writer->drop_all_epochs(store) : store.drop_all();
+    };
+    run(drop, timeout_s, "drop_version_data");
   }
 
   void close() { use_.release(); }
@@ -94,16 +99,23 @@ class StoreHandle {
   }
 
   // Dropping belongs to the writer thread when there is one, since that has the environments open.
-  template <class OnWriter, class Inline>
-  void run(OnWriter on_writer, Inline otherwise, double timeout_s, const char* what) {
-    require_open();
+  // The share keeps the trace locked until the drop is done, whatever becomes of this handle.
+  template <class Drop>
+  void run(Drop drop, double timeout_s, const char* what) {
+    const auto share = own_share();
+    Unlocked unlocked;
     if (const auto runtime = Runtime::current()) {
-      GilWaitHooks hooks;
-      runtime->run_on_writer(on_writer, to_duration(timeout_s), what, hooks);
+      const auto task = [share, drop](Writer& writer) { drop(*share->state(), &writer); };
+      runtime->run_on_writer(task, to_duration(timeout_s), what, unlocked);
       return;
     }
-    const py::gil_scoped_release unlocked;
-    otherwise();
+    drop(*share->state(), nullptr);
+  }
+
+  // REQUIRES: the GIL. For work without it: another thread may close() meanwhile.
+  [[nodiscard]] std::shared_ptr<const StoreUse> own_share() const {
+    require_open();
+    return std::make_shared<const StoreUse>(use_);
   }
 
   const std::string directory_;

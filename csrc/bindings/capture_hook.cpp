@@ -51,7 +51,7 @@ PyObject* hook_call(PyObject* self, PyObject* const* arguments, std::size_t flag
   ThreadCall* call = hook.recorder->current_call();
   if (call == nullptr || hook.recorder->is_inert()) Py_RETURN_NONE;
   PyObject* output = arguments[count - 1];
-  try {
+  return without_exceptions([&]() -> PyObject* {
     // Activation checkpointing runs layers again in backward, which may lie inside of the forward.
     if (is_in_backward()) Py_RETURN_NONE;
     if (is_plain(hook, *call, output)) {
@@ -62,19 +62,8 @@ PyObject* hook_call(PyObject* self, PyObject* const* arguments, std::size_t flag
       if (!tensor) return nullptr;
       capture_tensor(*hook.recorder, *call, hook.column, tensor);
     }
-  } catch (const Error& error) {
-    set_python_error(error);
-    return nullptr;
-  } catch (py::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-  Py_RETURN_NONE;
+    Py_RETURN_NONE;
+  });
 }
 
 PyObject* hook_new(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
@@ -86,7 +75,7 @@ PyObject* hook_new(PyTypeObject* type, PyObject* arguments, PyObject* keywords) 
                                    &recorder, &column, &prepare, &always_prepare)) {
     return nullptr;
   }
-  try {
+  return without_exceptions([&]() -> PyObject* {
     std::shared_ptr<Recorder> owner = recorder_of(recorder);
     PyObject* self = type->tp_alloc(type, 0);
     if (self == nullptr) return nullptr;
@@ -98,10 +87,7 @@ PyObject* hook_new(PyTypeObject* type, PyObject* arguments, PyObject* keywords) 
     hook->column = column;
     hook->always_prepare = always_prepare != 0;
     return self;
-  } catch (const py::cast_error&) {
-    PyErr_SetString(PyExc_TypeError, "CaptureHook expects a _core.Recorder");
-    return nullptr;
-  }
+  });
 }
 
 int hook_traverse(PyObject* self, visitproc visit, void* arg) {
@@ -135,23 +121,15 @@ py::object do_nothing() {
 }
 
 PyObject* hook_deepcopy(PyObject*, PyObject*) {
-  try {
-    return do_nothing().release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  }
+  return without_exceptions([] { return do_nothing().release().ptr(); });
 }
 
 PyObject* hook_reduce(PyObject*, PyObject*) {
-  try {
+  return without_exceptions([] {
     const py::object context = py::module_::import("contextlib").attr("nullcontext")();
     const py::object getattr = py::module_::import("builtins").attr("getattr");
     return py::make_tuple(getattr, py::make_tuple(context, "__exit__")).release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  }
+  });
 }
 
 // Sets attributes of the type and leaves its slots alone, which setattr() would rewrite.

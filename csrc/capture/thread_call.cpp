@@ -1,6 +1,8 @@
 #include "capture/thread_call.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <new>
 #include <utility>
 
 namespace mld {
@@ -12,8 +14,21 @@ struct ThreadEntry {
   std::unique_ptr<ThreadCall> call;
 };
 
+// What broke a call may be a Python exception, and the main thread's entries outlive the
+// interpreter: what is left of them when a thread ends is leaked.
+struct ThreadEntries : std::vector<ThreadEntry> {
+  ~ThreadEntries() {
+    for (const ThreadEntry& entry : *this) leak(std::move(entry.call->trouble));
+  }
+  static void leak(std::exception_ptr trouble) noexcept {
+    if (trouble == nullptr) return;
+    alignas(std::exception_ptr) std::byte place[sizeof trouble];
+    new (place) std::exception_ptr(std::move(trouble));  // never destroyed
+  }
+};
+
 // One or two entries: the tracers that this thread has called and that still live.
-thread_local std::vector<ThreadEntry> t_entries;
+thread_local ThreadEntries t_entries;
 
 }  // namespace
 

@@ -55,7 +55,10 @@ class Store:
         """Open the recording side of one attempt; the first one starts the ring and the writer thread."""
 
     def drop_epoch(self, epoch: int, *, attempt: int | None, timeout_s: float) -> tuple[int, int]:
-        """Delete an epoch (-1: rows without one) of this rank; returns its (feature, ground-truth) rows."""
+        """Delete an epoch (-1: rows without one) of this rank; returns its (feature, ground-truth) rows.
+
+        The trace stays locked until it is done, also if the handle is closed meanwhile.
+        """
 
     def drop_all(self, *, timeout_s: float) -> None:
         """Delete every epoch of this rank."""
@@ -65,7 +68,10 @@ class Store:
 
 @final
 class Recorder:
-    """One attempt: where the hooks of one tracer put what they see. Every thread has its own current call."""
+    """One attempt: where the hooks of one tracer put what they see. Every thread has its own current call.
+
+    What waits does so without the GIL. A thread for which an ending interpreter has no GIL any more sleeps.
+    """
 
     @property
     def attempt(self) -> int: ...
@@ -144,6 +150,7 @@ class CaptureHook:
         """``prepare(output)`` turns any output into the tensor to store.
 
         It is skipped, unless ``always_prepare``, for a dense tensor whose first dimension is the batch.
+        Raises TypeError for a ``recorder`` that is none.
         """
 
     def __call__(self, module: Any, args: Any, output: Any = ...) -> None: ...
@@ -189,7 +196,8 @@ class Segment:
         Raises CorruptDataError on a wrong length or checksum.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the segment, once what other threads read of it is read. Idempotent; does not wait."""
 
 def crc32c(data: Buffer, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of ``data``, continued from ``crc``."""
