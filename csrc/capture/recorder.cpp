@@ -32,19 +32,24 @@ Error stream_capture_error() {
                "call the model itself while capturing, and the tracer outside of it");
 }
 
-// Holds a count up while it lives. seq_cst on both sides PAIRS WITH close(): either close() sees
-// the count, or the counted one sees closed_.
-class CountGuard {
+// Counts a call as one that ends, while it lives. seq_cst on both sides PAIRS WITH close(): either
+// close() sees the count, or the counted one sees closed_.
+class EndingCall {
  public:
-  explicit CountGuard(std::atomic<std::uint32_t>& count) : count_(count) {
+  EndingCall(std::atomic<std::uint32_t>& count, ThreadCall& call) : count_(count), call_(call) {
     count_.fetch_add(1, std::memory_order_seq_cst);
+    call_.is_ending = true;
   }
-  ~CountGuard() { count_.fetch_sub(1, std::memory_order_seq_cst); }
-  CountGuard(const CountGuard&) = delete;
-  CountGuard& operator=(const CountGuard&) = delete;
+  ~EndingCall() {
+    call_.is_ending = false;
+    count_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+  EndingCall(const EndingCall&) = delete;
+  EndingCall& operator=(const EndingCall&) = delete;
 
  private:
   std::atomic<std::uint32_t>& count_;
+  ThreadCall& call_;
 };
 
 // The ways of a piece into its slot. Where the host waits in between, leave() comes before and
@@ -244,7 +249,7 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
   ThreadCall* call = current_call();
   if (call == nullptr)
     throw Error(ErrorKind::kInvalidInput, "end_call without begin_call in this thread");
-  const CountGuard ending(ending_);
+  const EndingCall ending(ending_, *call);
   if (closed_.load(std::memory_order_seq_cst)) throw closed_error();
   Runtime& runtime = *call->runtime;
   const std::size_t slot_bytes = sizeof(RecordHeader) + description.size();
@@ -264,6 +269,8 @@ bool Recorder::end_call(std::string_view description, std::uint32_t rows,
     return false;
   }
   Reservation<std::uint64_t> reservation(runtime.ring(), slot);
+  // Closed by a signal handler of this thread, while it waited for room: nobody reads it any more.
+  if (closed_.load(std::memory_order_seq_cst) && has_let_go()) throw closed_error();
   RecordHeader header{};
   header.kind = RecordKind::kCall;
   header.attempt = attempt_->id();
@@ -394,12 +401,19 @@ bool Recorder::close(std::chrono::nanoseconds timeout, WaitHooks& hooks) {
 }
 
 // Other threads that were past their look at closed_ still hand their call over; it must come
-// before the last flush.
+// before the last flush. This thread's own waits for us, where a signal handler has called close().
 void Recorder::wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks) {
   const auto runtime = this->runtime();
-  while (ending_.load(std::memory_order_seq_cst) != 0 && Clock::now() < deadline) {
+  const ThreadCall* own = current_call();
+  const std::uint32_t own_count = own != nullptr && own->is_ending ? 1 : 0;
+  while (ending_.load(std::memory_order_seq_cst) > own_count && Clock::now() < deadline) {
     runtime->wait_slice(runtime->progress(), hooks);
   }
+}
+
+bool Recorder::has_let_go() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return runtime_ == nullptr;
 }
 
 void Recorder::let_go() {

@@ -106,6 +106,7 @@ class Recorder : public std::enable_shared_from_this<Recorder> {
   [[nodiscard]] RecordHeader chunk_header(const ThreadCall& call) const noexcept;
   void count_lost(ThreadCall& call, std::uint64_t rows);
   void let_go();
+  [[nodiscard]] bool has_let_go() const;
   void wait_for_ending_calls(Clock::time_point deadline, WaitHooks& hooks);
   // Copies what lies at `from`, which was borrowed from `source` just now; after a wait it is
   // borrowed anew.

@@ -39,6 +39,7 @@ struct ThreadCall {
   State state = State::kNone;
   Fate fate = Fate::kStored;
   LossCause cause = LossCause::kRingFull;  // when discarded
+  bool is_ending = false;                  // in end_call()
   std::uint64_t number = 0;
   std::int64_t epoch = kNoEpoch;
   std::uint32_t batch_size = 0;

@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "check.h"
 #include "store/files.h"
@@ -276,6 +277,35 @@ TEST(flush_without_a_deadline_gives_up_when_nothing_moves) {
   CHECK(Clock::now() - begin < 5s);
   trace.gate->open();
   support::flush(*trace.recorder, 20s);
+}
+
+TEST(close_in_a_signal_handler_waits_for_no_call_of_its_own_thread) {
+  class ClosingHooks final : public mld::WaitHooks {
+   public:
+    explicit ClosingHooks(GatedTrace& trace) : trace_(trace) {}
+    void after_slice() override {
+      if (std::exchange(has_closed_, true)) return;
+      trace_.gate->open();
+      const auto begin = Clock::now();
+      CHECK(support::close(*trace_.recorder));
+      CHECK(Clock::now() - begin < 10s);
+    }
+
+   private:
+    GatedTrace& trace_;
+    bool has_closed_ = false;
+  };
+  GatedTrace trace(with(OverflowPolicy::kBlock));
+  trace.recorder->begin_call(0, 2);
+  const auto& ring = trace.recorder->current_call()->runtime->ring();
+  while (ring.used_bytes() < ring.capacity_bytes())
+    support::capture(*trace.recorder, 0, pattern(1, 448));  // a granule with its header
+  ClosingHooks hooks(trace);
+  const auto kind = kind_of([&] { trace.recorder->end_call("\xC0", 2, 0, hooks); });
+  CHECK(kind == ErrorKind::kTracerClosed);
+  trace.recorder->abort_call();
+  CHECK_EQ(trace.counters().rows_submitted, 1);
+  CHECK_EQ(trace.counters().rows_committed, 1);
 }
 
 // A writer thread that sits in the kernel is left behind: close() returns in time, and what it uses
