@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -408,3 +409,14 @@ def test_the_command_lists_what_is_missing_and_ends_with_one(tmp_path: Path) -> 
     assert document["lost"][0]["first_call"] == 3 and document["lost"][0]["rows"] == 6
     done = subprocess.run([*command, str(tmp_path / "json")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "not empty" in done.stderr
+
+
+def test_the_command_names_its_directory_after_the_trace(tmp_path: Path) -> None:
+    three_segments(tmp_path / "data")
+    command = [sys.executable, "-m", "ml_debugger.cli", "recover", "model"]
+    options = {"capture_output": True, "text": True, "timeout": 60, "cwd": tmp_path}
+    done = subprocess.run([*command, "nobody", "--data-dir", "data"], **options)
+    assert done.returncode == 1 and os.listdir(tmp_path) == ["data"]
+    done = subprocess.run([*command, "v1", "--data-dir", "data"], **options)
+    assert done.returncode == 0, done.stderr
+    assert open_trace("model", "v1", tmp_path / "model_v1_recovered").num_rows("extracted_feature") == 18

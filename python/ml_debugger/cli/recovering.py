@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,22 +20,28 @@ if TYPE_CHECKING:
 @click.command()
 @trace_arguments
 @click.option(
-    "--output", "-o", required=True, metavar="DIR", help="The new data directory; missing or empty."
+    "--output",
+    "-o",
+    metavar="DIR",
+    help="The new data directory; missing or empty. Default: ./<model>_<version>_recovered",
 )
 @json_option
 @click.pass_context
-def recover(ctx: click.Context, model: str, version: str, data_dir: Path, output: str, as_json: bool) -> None:
+def recover(
+    ctx: click.Context, model: str, version: str, data_dir: Path, output: str | None, as_json: bool
+) -> None:
     """Save every sound call of the damaged trace MODEL VERSION into the data directory DIR.
 
     The trace itself is not changed, and is never opened with LMDB. What is missing is listed and is marked as
     a gap in the new trace; the exit status is then 1. Fails while a tracer writes to the trace.
     """
+    from ml_debugger.exporting.naming import safe_name
     from ml_debugger.exporting.progress import Progress
     from ml_debugger.trace.recover import recover_trace
 
-    if not output:
+    if output == "":
         raise click.BadParameter("expected a directory, got an empty text", param_hint="--output")
-    target = layout.resolve_data_dir(output)
+    target = layout.resolve_data_dir(output or os.path.abspath(safe_name(f"{model}_{version}", "_recovered")))
     with Progress(None, "recover") as progress:
         report = recover_trace(data_dir, model, version, target, progress.show)
     if as_json:
