@@ -18,9 +18,13 @@ namespace {
 
 thread_local long t_left = -1;  // allocations until one fails; negative: none does
 
+void* try_allocate(std::size_t bytes) noexcept {
+  if (t_left >= 0 && t_left-- == 0) return nullptr;
+  return std::malloc(bytes == 0 ? 1 : bytes);
+}
+
 void* allocate(std::size_t bytes) {
-  if (t_left >= 0 && t_left-- == 0) throw std::bad_alloc();
-  if (void* memory = std::malloc(bytes == 0 ? 1 : bytes)) return memory;
+  if (void* memory = try_allocate(bytes)) return memory;
   throw std::bad_alloc();
 }
 
@@ -53,8 +57,16 @@ struct EveryCopyIsLost final : mld::CopyWatch {
 
 void* operator new(std::size_t bytes) { return allocate(bytes); }
 void* operator new[](std::size_t bytes) { return allocate(bytes); }
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  return try_allocate(bytes);
+}
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept {
+  return try_allocate(bytes);
+}
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
 
