@@ -28,6 +28,9 @@ void* allocate(std::size_t bytes) {
   throw std::bad_alloc();
 }
 
+// Not inlined: where it is, GCC takes free() for a mismatch with operator new.
+[[gnu::noinline]] void release(void* memory) noexcept { std::free(memory); }
+
 // Runs `body` with its first, its second, ... allocation failing, until it needs no more of them;
 // `check` looks at what each failure has left. Returns how many failed.
 template <class Body, class Check>
@@ -63,12 +66,12 @@ void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
 void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept {
   return try_allocate(bytes);
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
-void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory) noexcept { release(memory); }
+void operator delete[](void* memory) noexcept { release(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { release(memory); }
+void operator delete[](void* memory, const std::nothrow_t&) noexcept { release(memory); }
+void operator delete(void* memory, std::size_t) noexcept { release(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { release(memory); }
 
 TEST(environment_that_cannot_be_registered_holds_nothing_up) {
   const support::TempDir directory;
