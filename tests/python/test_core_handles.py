@@ -5,8 +5,6 @@ What would crash or hang runs in a process of its own.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from ending_programs import last_words_of
 from ml_debugger import _core
 from ml_debugger.errors import InvalidInputError, TracerClosedError
 
-PATIENCE_S = 20.0
 CALLS = 2000
 
 
@@ -31,19 +29,6 @@ def make_recorder(store: _core.Store) -> _core.Recorder:
         commit_interval_s=0.05,
         stall_timeout_s=20.0,
     )
-
-
-def run(program: str, *arguments: str) -> str:
-    """Run a program that must end well; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +72,7 @@ for _ in range(20):
     calls = len(found[0]["keys"]) // 8 if isinstance(found[0], dict) else len(found[0])
     assert calls == {CALLS}, calls
 """
-    run(program, str(segment))
+    last_words_of(program, str(segment))
 
 
 def test_a_closed_segment_says_so(segment: Path) -> None:
@@ -157,7 +142,7 @@ print("waiting" if let_go.is_alive() else "ended")
 holder.communicate()
 let_go.join()
 """
-    assert run(program, str(tmp_path)) == "waiting\n"
+    assert last_words_of(program, str(tmp_path)) == "waiting\n"
 
 
 def test_a_hook_of_no_recorder_is_refused(recorder: _core.Recorder) -> None:
@@ -211,4 +196,4 @@ starve(lambda: _core.CaptureHook(recorder, 0, call_hook))
 print(recorder.close(20.0))
 store.close()
 """
-    assert run(program, str(tmp_path)) == "True\n"
+    assert last_words_of(program, str(tmp_path)) == "True\n"

@@ -5,14 +5,11 @@ Each case is a process of its own, for it is the end of the process that is look
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-PATIENCE_S = 20.0  # of a process that does not end; each takes about a second
+from ending_programs import last_words_of
 
 RECORDER = """
 import sys
@@ -34,20 +31,6 @@ class Slow:
             pass
 slow = Slow()
 """
-
-
-def last_words_of(program: str, *arguments: str) -> str:
-    """Run a program to its end, which must be a good one, with nothing on standard error; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
 
 
 @pytest.mark.parametrize("megabytes", [0.001, 1, 30])

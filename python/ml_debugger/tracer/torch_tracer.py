@@ -194,7 +194,7 @@ class TorchTracer:
         n_epoch: Any,
         keywords: dict[str, Any],
     ) -> TracedCall | None:
-        """Check what can be checked before the forward; None if nothing of the call is recorded."""
+        """Check what can be checked before the forward; None if the call is left out, unchecked."""
         if self._closed:
             raise self._closed_error(what)
         if self._session is None or self._recorder.core.inert or not self._is_recorded():

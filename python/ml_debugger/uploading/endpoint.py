@@ -64,7 +64,7 @@ def parse_endpoint(text: str | None, *, has_key: bool) -> Endpoint:
                 f"the endpoint begins with {found[0]!r}, and '://' is missing",
                 "write https://host/, s3://bucket/path or file:///path; a folder of that name as ./...",
             )
-        return Endpoint("folder", os.path.abspath(os.path.expanduser(text)))
+        return Endpoint("folder", anchored(text))
     try:
         url = urlsplit(text)
         _ = url.port
